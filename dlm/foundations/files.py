@@ -85,17 +85,13 @@ def read_json(
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise ValueError(f"{path} is not JSON ({e}): it may be cut off, restore or delete it") from None
 
-# %% ../../nbs/foundations/02_files.ipynb #69600f09
+# %% ../../nbs/foundations/02_files.ipynb #014659df
 def sha256(
     path: str | Path,  # file to read
 ) -> str:  # 64 hexadecimal digits
-    "SHA-256 of a file's content"
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(f)
-
-
-def _digest(f):
+    "SHA-256 of a file's content, read in pieces"
     h = hashlib.sha256()
-    for block in iter(lambda: f.read(1 << 20), b""):
-        h.update(block)
+    with open(path, "rb") as f:
+        for block in iter(lambda: f.read(1 << 20), b""):
+            h.update(block)
     return h.hexdigest()
