@@ -17,7 +17,7 @@ from dlm.models.dit import DiT, DiTConfig
 def network(seed=0, **changes):
     "A small network whose modulations and head are not zero"
     config = DiTConfig(**dict(vocab_size=13, hidden_size=32, n_blocks=3, n_heads=4, cond_dim=16, length=24) | changes)
-    model, generator = DiT(config).eval(), torch.Generator().manual_seed(seed)
+    model, generator = DiT(config).train(False), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=generator) * 0.15)
@@ -36,7 +36,7 @@ def weights(golden):
 def from_golden(golden, vocab_size, **changes):
     "The network of a golden case with its weights, names and shapes verified"
     shape = {k: golden.config[k] for k in ("hidden_size", "n_blocks", "n_heads", "cond_dim", "length") if k in golden.config}
-    model = DiT(DiTConfig(vocab_size=vocab_size, **shape, **changes)).eval()
+    model = DiT(DiTConfig(vocab_size=vocab_size, **shape, **changes)).train(False)
     model.load_state_dict(weights(golden), strict=True)
     return model
 

@@ -156,17 +156,12 @@ def attend(
     "For each query the average of the values it may see, weighted by how well their keys fit"
     return (kernel or kernel_for(q, mask))(q, k, v, mask)
 
-# %% ../../nbs/models/01_attention.ipynb #17197a11
+# %% ../../nbs/models/01_attention.ipynb #6d0933fb
 class KVCache:
     "Keys and values of the tokens seen so far, layer by layer, in memory claimed once"
 
-    def __init__(
-        self,
-        capacity: int,  # the most tokens it will ever hold
-    ):
-        self.capacity = capacity
-        self.layers: list[tuple[Tensor, Tensor]] = []
-        self.filled: list[int] = []
+    def __init__(self, capacity: int):
+        self.capacity, self.layers, self.filled = capacity, [], []
 
     @property
     def length(self) -> int:
@@ -181,13 +176,12 @@ class KVCache:
     ) -> tuple[Tensor, Tensor]:  # keys and values of all tokens so far, `[B, heads, length + n, head_dim]`
         "Append the new tokens; raises a ValueError when they do not fit"
         if layer == len(self.layers):
-            shape = (*k.shape[:-2], self.capacity, k.shape[-1])
-            self.layers.append((k.new_empty(shape), v.new_empty(shape)))
+            self.layers.append([x.new_empty(*x.shape[:-2], self.capacity, x.shape[-1]) for x in (k, v)])
             self.filled.append(0)
         start, end = self.filled[layer], self.filled[layer] + k.shape[-2]
         if end > self.capacity:
             raise ValueError(f"{end} tokens do not fit a KVCache({self.capacity}): make it larger or generate fewer")
+        self.filled[layer] = end
         for store, new in zip(self.layers[layer], (k, v), strict=True):
             store[..., start:end, :] = new
-        self.filled[layer] = end
         return tuple(store[..., :end, :] for store in self.layers[layer])
