@@ -5,15 +5,18 @@
 # %% auto #0
 __all__ = ['alphabet_of', 'character_tokenizer', 'text8_tokenizer', 'complete', 'load_tokenizer', 'mask_id_and_size',
            'unknown_characters', 'CharacterEncoder', 'TokenizerEncoder', 'cuts_at_words', 'safe_cut', 'encoder',
-           'encode', 'decode', 'tokenizer_hash']
+           'encode_batches', 'encode', 'decode', 'tokenizer_hash']
 
-# %% ../../nbs/data/01_tokenizers.ipynb #684f1030
+# %% ../../nbs/data/01_tokenizers.ipynb #25a274dc
 import gzip
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterable
+import os
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from itertools import chain
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +241,7 @@ class TokenizerEncoder:
         self.core.encode_special_tokens = True
         return [np.array(e.ids, dtype=np.int32) for e in self.core.encode_batch_fast(texts, add_special_tokens=False)]
 
-# %% ../../nbs/data/01_tokenizers.ipynb #4e109883
+# %% ../../nbs/data/01_tokenizers.ipynb #be01e4dd
 def cuts_at_words(
     encode: CharacterEncoder | TokenizerEncoder,  # from `encoder`
 ) -> bool:  # whether a text cut before white space gets the ids of the whole text
@@ -256,7 +259,7 @@ def safe_cut(
     "Find the last place where `text` may be cut without changing its ids"
     if isinstance(encode, CharacterEncoder):
         return len(text)
-    places = range(len(text) - 1, 0, -1) if cuts_at_words(encode) else ()
+    places = range(len(text) - 1, max(0, len(text) - 65536), -1) if cuts_at_words(encode) else ()
     return next((i for i in places if text[i] in " \n" and text[i - 1].isalpha()), 0)
 
 # %% ../../nbs/data/01_tokenizers.ipynb #bfab98ff
@@ -269,6 +272,37 @@ def encoder(
     plain = state["normalizer"] in (None, {"type": "Lowercase"}) and state["model"]["type"] == "WordLevel"
     single = all(len(t) == 1 for t in tokenizer.get_vocab() if t not in tokenizer.all_special_tokens)
     return (CharacterEncoder if plain and single and state["pre_tokenizer"] == ours else TokenizerEncoder)(tokenizer)
+
+# %% ../../nbs/data/01_tokenizers.ipynb #aafb366f
+def encode_batches(
+    encode: CharacterEncoder | TokenizerEncoder,  # from `encoder`
+    batches: Iterable[list[str]],  # texts to encode, batch by batch
+    workers: int = 1,  # processes; with 1 the work is done here
+) -> Iterator[list[np.ndarray]]:  # ids of each text, batch by batch, in the order of `batches`
+    "Encode batches, in worker processes if asked; the result does not depend on their number"
+    if workers <= 1:
+        yield from map(encode, batches)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (encode,)) as pool:
+        waiting = deque()
+        for batch in batches:
+            waiting.append(pool.submit(_work, batch))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _start_worker(encode):
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker["encode"] = encode
+
+
+def _work(texts):
+    return _worker["encode"](texts)
+
+
+_worker = {}
 
 # %% ../../nbs/data/01_tokenizers.ipynb #f2cff704
 def encode(
