@@ -208,7 +208,7 @@ def write_blocks(
     made = {"blocks": blocks, "length": packing.length, "dtype": dtype.str, "valid": valid}
     write_json(path.with_suffix(".json"), made | about)
 
-# %% ../../nbs/data/03_packing.ipynb #14a83d1c
+# %% ../../nbs/data/03_packing.ipynb #a5bfc634
 class PackedDataset(Dataset):
     "Blocks of ids on disk, for a data loader"
 
@@ -217,8 +217,7 @@ class PackedDataset(Dataset):
         path: str | Path,  # as given to `write_blocks`
     ):
         self.path, self.info = Path(path), read_json(Path(path).with_suffix(".json"))
-        shape = (self.info["blocks"], 1 + self.info["length"])
-        self.rows = np.memmap(self.path.with_suffix(".bin"), dtype=self.info["dtype"], mode="r", shape=shape)
+        self.rows = _map(self.path, self.info)
 
     def __len__(self):
         return len(self.rows)
@@ -234,6 +233,11 @@ class PackedDataset(Dataset):
         return f"PackedDataset({', '.join(f'{k} {v:,}' for k, v in self.info.items() if isinstance(v, int))})"
 
 
+def _map(path, info):
+    shape = (info["blocks"], 1 + info["length"])
+    return np.memmap(path.with_suffix(".bin"), dtype=info["dtype"], mode="r", shape=shape)
+
+# %% ../../nbs/data/03_packing.ipynb #670924ce
 def collate(
     samples: list[dict[str, Tensor]],  # items of a `PackedDataset`
 ) -> dict[str, Tensor]:  # `ids`, int64 `[B, L]`, and `valid`, bool `[B, L]`
