@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# %% ../../nbs/diffusion/01_schedules.ipynb #3f8a9a36
+# %% ../../nbs/diffusion/01_schedules.ipynb #411df519
 class Schedule:
     "How much of a text is left at time $t$; a schedule defines `noise`, `dalpha` and `time`"
 
@@ -27,7 +27,8 @@ class Schedule:
 
     def sigma(self, t: Tensor) -> Tensor:
         "$\\sigma_t=-\\log\\alpha_t$: the total noise"
-        return -torch.log1p(-self.noise(t))
+        noise = self.noise(t)
+        return torch.where(noise < 0.5, -torch.log1p(-noise), -torch.log(self.alpha(t)))
 
     def dsigma(self, t: Tensor) -> Tensor:
         "$\\sigma'_t=-\\alpha'_t/\\alpha_t$: the rate of destruction"
@@ -72,7 +73,7 @@ class Cosine(Schedule):
     def time(self, alpha):
         return 2 / math.pi * torch.acos(((alpha - self.eps) / (1 - self.eps)).clamp(-1, 1))
 
-# %% ../../nbs/diffusion/01_schedules.ipynb #2c984dcb
+# %% ../../nbs/diffusion/01_schedules.ipynb #f5164ab1
 @dataclass(frozen=True)
 class CosineMD4(Schedule):
     "$\\alpha_t=1-\\sin(\\pi(1-\\varepsilon)t/2)$ (MD4; DUO)"
@@ -81,6 +82,9 @@ class CosineMD4(Schedule):
 
     def noise(self, t):
         return torch.sin(math.pi / 2 * (1 - self.eps) * t)
+
+    def alpha(self, t):
+        return 2 * torch.sin(math.pi / 4 * (1 - (1 - self.eps) * t)) ** 2
 
     def dalpha(self, t):
         return -math.pi / 2 * (1 - self.eps) * torch.cos(math.pi / 2 * (1 - self.eps) * t)
