@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# %% ../../nbs/diffusion/02_corruption.ipynb #aa6e9487
+# %% ../../nbs/diffusion/02_corruption.ipynb #98b6d8c5
 @dataclass(frozen=True)
 class Absorbing:
     "Tokens turn into a mask and stay there: $q(z_t\\mid x)=\\alpha_t x+(1-\\alpha_t)m$ (MDLM, eq. 3)"
@@ -25,7 +25,7 @@ class Absorbing:
                 f"mask_id {self.mask_id} lies outside a vocabulary of {self.vocab_size}: count the mask in"
             )
 
-    def prior(self, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
+    def prior(self, shape, device="cpu") -> Tensor:
         "A text of nothing but masks"
         return torch.full(shape, self.mask_id, device=device)
 
@@ -42,15 +42,11 @@ class Absorbing:
         "Mask each token independently with probability $1-\\alpha$"
         return self.at(x, alpha, torch.rand(x.shape, generator=generator, device=x.device))
 
-    def unmask_chance(self, alpha_s: Tensor, alpha_t: Tensor) -> Tensor:
-        "Chance that a token masked at time $t$ was still clean at the earlier time $s$"
-        return (alpha_s - alpha_t) / (1 - alpha_t)
-
     def posterior(self, x0_probs: Tensor, z: Tensor, alpha_s: Tensor, alpha_t: Tensor) -> Tensor:
         "Distribution of $z_s$ given $z_t$; see `absorbing_posterior`"
         return absorbing_posterior(self, x0_probs, z, alpha_s, alpha_t)
 
-# %% ../../nbs/diffusion/02_corruption.ipynb #640fb66e
+# %% ../../nbs/diffusion/02_corruption.ipynb #4610934e
 def absorbing_posterior(
     process: Absorbing,  # the corruption
     x0_probs: Tensor,  # guess of the clean tokens, zero at the mask, [..., V]
@@ -59,7 +55,7 @@ def absorbing_posterior(
     alpha_t: Tensor,  # chance of being clean at time t, likewise
 ) -> Tensor:  # probabilities of z_s, [..., V]
     "Distribution of $z_s$ given $z_t$ and a guess of the clean tokens (MDLM, eq. 7)"
-    chance = process.unmask_chance(alpha_s, alpha_t).expand(z.shape)[..., None]
+    chance = ((alpha_s - alpha_t) / (1 - alpha_t)).expand(z.shape)[..., None]
     back = x0_probs * chance
     back[..., process.mask_id] = 1 - chance[..., 0]
     stay = torch.nn.functional.one_hot(z, process.vocab_size).to(back.dtype)

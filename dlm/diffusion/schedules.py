@@ -125,7 +125,7 @@ class CosineSquared(Schedule):
         share = ((alpha - self.eps) / (1 - self.eps)).clamp(0, 1)
         return 2 / math.pi * torch.acos(share.sqrt())
 
-# %% ../../nbs/diffusion/01_schedules.ipynb #282e4e12
+# %% ../../nbs/diffusion/01_schedules.ipynb #02af77c7
 class SigmaSchedule(Schedule):
     "A schedule that defines `sigma`, `dsigma` and `time`"
 
@@ -141,7 +141,7 @@ class SigmaSchedule(Schedule):
     def dalpha(self, t):
         return -self.dsigma(t) * self.alpha(t)
 
-
+# %% ../../nbs/diffusion/01_schedules.ipynb #23fb91e9
 @dataclass(frozen=True)
 class Linear(SigmaSchedule):
     "$\\sigma_t=\\sigma_{min}+t(\\sigma_{max}-\\sigma_{min})$ (MDLM, appendix)"

@@ -15,7 +15,7 @@ from pathlib import Path
 from ..foundations.files import atomic_path
 from .ancestral import State
 
-# %% ../../nbs/sampling/05_watching.ipynb #54aea15c
+# %% ../../nbs/sampling/05_watching.ipynb #512c4c10
 @dataclass(frozen=True)
 class Film:
     "The states of one text, ready to be shown"
@@ -24,22 +24,15 @@ class Film:
     steps: list[tuple[float, int, dict[int, str]]]  # time, network evaluations and pieces written, for each step
     title: str = ""  # shown above the text
 
-    def frame(
-        self,
-        step: int,  # number of steps taken
-        mask: str = "·",  # what stands for a mask
-    ) -> str:  # the text
-        "The text after some steps, as plain text"
+    def frame(self, step: int, mask: str = "·") -> str:
+        "The text after some steps, as plain text, with `mask` where nothing is written yet"
         pieces = dict(enumerate(self.start))
         for _, _, written in self.steps[:step]:
             pieces.update(written)
         return "".join(mask if p is None else p for p in pieces.values())
 
-    def save(
-        self,
-        path: str | Path,  # an .html file
-    ) -> Path:  # the same
-        "Write a self-contained page"
+    def save(self, path: str | Path) -> Path:
+        "Write a self-contained .html file"
         with atomic_path(path) as p:
             p.write_text(
                 f"<!doctype html><meta charset=utf-8><title>{html.escape(self.title)}</title>{player(self)}", "utf-8"
