@@ -1,0 +1,138 @@
+"""Training step: the head at masked positions only, and fused with the cross-entropy, beside logits everywhere
+
+Each variant runs in processes of its own, in turns, so that its memory high-water mark is its own and a busy machine slows all.
+`published` is MDLM's way: SUBS on all logits. `everywhere` is the leanest way to have logits at all positions.
+"""
+
+import json
+
+import torch
+from measure import arguments, in_child, mean, peak_mib, plus_minus, ratio, report, table, timed
+from torch.nn import functional as F
+
+from dlm.diffusion import cross_entropy
+from dlm.diffusion.corruption import Absorbing
+from dlm.diffusion.objectives import MDLM, loss_weight
+from dlm.models.dit import DiT, DiTConfig
+
+VARIANTS = ("published", "everywhere", "masked", "fused")
+BATCH = {"tiny": 4, "small": 2}
+WANTED = {"tiny": 1.4, "small": 1.15}
+WANTED_MEMORY = 0.65
+DEFAULT = cross_entropy.FUSED_FROM
+
+
+def noisy(objective, ids):
+    "Times, noisy ids and the weight of each sequence"
+    t = objective.times(len(ids))
+    z = objective.corruption.corrupt(ids, objective.schedule.alpha(t)[:, None])
+    return z, loss_weight(objective.schedule, t, None)[:, None]
+
+
+def published_loss(objective, network, ids):
+    "MDLM's SUBS: the whole `[B, L, V]` tensor normalised and overwritten at visible positions"
+    z, weight = noisy(objective, ids)
+    mask_id = objective.corruption.mask_id
+    logits = network(z)
+    logits[..., mask_id] += -1e6
+    logits = logits - logits.logsumexp(-1, keepdim=True)
+    visible = z != mask_id
+    logits[visible] = -1e6
+    logits[visible, z[visible]] = 0
+    return -(logits.gather(-1, ids[..., None])[..., 0] * weight).mean()
+
+
+def everywhere_loss(objective, network, ids):
+    "Cross-entropy of all logits, weighted at the masked positions"
+    z, weight = noisy(objective, ids)
+    nll = F.cross_entropy(network(z).flatten(0, 1), ids.flatten(), reduction="none").view_as(ids)
+    return (nll * weight * (z == objective.corruption.mask_id)).mean()
+
+
+def our_loss(objective, network, ids):
+    "The objective as the trainer calls it"
+    return objective(network, ids).mean()
+
+
+def step(loss, objective, network, optimizer, ids):
+    "Forward, backward and update"
+    value = loss(objective, network, ids)
+    value.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return value.item()
+
+
+def work(task):
+    "Train for a few steps: their seconds and the peak memory"
+    torch.manual_seed(task["seed"])
+    vocab_size = task["vocab_size"]
+    network = DiT(getattr(DiTConfig, task["size"])(vocab_size=vocab_size, length=task["length"]))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-4, fused=True)
+    objective = MDLM(Absorbing(vocab_size - 1, vocab_size))
+    cross_entropy.FUSED_FROM = 0 if task["variant"] == "fused" else DEFAULT
+    loss = dict(published=published_loss, everywhere=everywhere_loss).get(task["variant"], our_loss)
+    before = peak_mib()
+    ids = torch.randint(vocab_size - 1, (task["batch"], task["length"]))
+    seconds = [timed(step, loss, objective, network, optimizer, ids)[1] for _ in range(task["steps"] + 1)][1:]
+    return dict(seconds=seconds, peak_mib=peak_mib(), before_mib=before)
+
+
+def measure(size, args, vocab_size, length, batch):
+    "Tokens per second and peak memory of each variant as (value, standard error)"
+    runs, run = {variant: [] for variant in VARIANTS}, in_child(args, work, __file__)
+    for turn in range(args.repeats):
+        for variant in VARIANTS:
+            task = dict(size=size, variant=variant, vocab_size=vocab_size, length=length, batch=batch)
+            runs[variant].append(run(task | dict(steps=args.steps, seed=args.seed + turn)))
+    found = {}
+    for variant, children in runs.items():
+        seconds = mean([s for run in children for s in run["seconds"]])
+        speed = ratio((batch * length, 0.0), seconds)
+        found[variant] = dict(
+            seconds=seconds, tokens_per_second=speed, peak_mib=mean([run["peak_mib"] for run in children])
+        )
+    return found
+
+
+def main():
+    args = arguments(__doc__.splitlines()[0], repeats=2, steps=4)
+    if args.child:
+        return print(json.dumps(work(json.loads(args.child))))
+    vocab_size, length, sizes, batches = 50258, 256, ("tiny", "small"), BATCH
+    if args.smoke:
+        vocab_size, length, sizes, batches, args.repeats, args.steps = 300, 16, ("tiny",), {"tiny": 2}, 1, 2
+    results, ratios, rows = {}, [], []
+    for size in sizes:
+        found = results[size] = measure(size, args, vocab_size, length, batches[size])
+        for variant, numbers in found.items():
+            speed = ratio(numbers["tokens_per_second"], found["published"]["tokens_per_second"])
+            memory = ratio(numbers["peak_mib"], found["published"]["peak_mib"])
+            ours = variant in ("masked", "fused")
+            if ours:
+                for what, (value, error), wanted in (
+                    ("tokens/s", speed, WANTED[size]),
+                    ("peak memory", memory, WANTED_MEMORY),
+                ):
+                    entry = dict(name=f"{size}: {what}, {variant} / published", value=value, standard_error=error)
+                    ratios.append(entry | dict(wanted=None if args.smoke else wanted))
+            rows.append(
+                {
+                    "DiT": size,
+                    "logits": variant,
+                    "tokens/s": plus_minus(numbers["tokens_per_second"]),
+                    "of published": plus_minus(speed),
+                    "wanted": f">= {WANTED[size]}" if ours and not args.smoke else "",
+                    "peak MiB": plus_minus(numbers["peak_mib"], digits=5),
+                    "of published ": plus_minus(memory),
+                    "wanted ": f"<= {WANTED_MEMORY}" if ours and not args.smoke else "",
+                }
+            )
+    print(f"training step, vocabulary {vocab_size}, L = {length}, float32, AdamW, {torch.get_num_threads()} threads")
+    table(rows)
+    parameters = dict(vocab_size=vocab_size, length=length, batch=batches, steps=args.steps, repeats=args.repeats)
+    report(args, parameters, results, ratios)
+
+
+if __name__ == "__main__":
+    main()
