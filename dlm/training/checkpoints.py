@@ -6,7 +6,7 @@
 __all__ = ['log', 'untie', 'save_tensors', 'load_tensors', 'save_checkpoint', 'damage', 'Checkpoint', 'load_checkpoint',
            'checkpoints', 'latest_checkpoint', 'prune', 'whole', 'like', 'optimizer_tensors', 'load_optimizer_tensors']
 
-# %% ../../nbs/training/03_checkpoints.ipynb #71ef5671
+# %% ../../nbs/training/03_checkpoints.ipynb #7e4ff51a
 import json
 import logging
 import re
@@ -20,13 +20,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..foundations.files import atomic_path, read_json, remove, sha256, write_json
+from .ema import local
 
 log = logging.getLogger(__name__)
 
-# %% ../../nbs/training/03_checkpoints.ipynb #ab444d5a
+# %% ../../nbs/training/03_checkpoints.ipynb #950b875e
 def _identity(tensor):
-    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local.device, local.data_ptr(), tuple(local.shape), local.stride(), local.dtype
+    t = local(tensor)
+    return t.device, t.data_ptr(), tuple(t.shape), t.stride(), t.dtype
 
 
 def untie(
