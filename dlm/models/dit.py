@@ -7,13 +7,13 @@ __all__ = ['Sizes', 'check_shape', 'DiTConfig', 'TokenEmbedding', 'waves', 'Sigm
            'ZeroLinear', 'modulate', 'gated', 'modulations', 'select', 'SelfAttention', 'Block', 'FinalLayer',
            'check_input', 'Denoiser', 'DiT']
 
-# %% ../../nbs/models/02_dit.ipynb #5bae2215
+# %% ../../nbs/models/02_dit.ipynb #891bb7d0
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import Causal, KVCache, attend, rotary, rotate
@@ -337,3 +337,7 @@ class DiT(Denoiser, PreTrainedModel):
     def _init_weights(self, module: nn.Module):
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
+
+# %% ../../nbs/models/02_dit.ipynb #cf8fdbdb
+AutoConfig.register(DiTConfig.model_type, DiTConfig)
+AutoModel.register(DiTConfig, DiT)
