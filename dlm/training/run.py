@@ -6,7 +6,7 @@
 __all__ = ['FREE', 'Run', 'check_fit', 'write_run', 'read_run', 'Reporting', 'open_data', 'perform', 'train', 'load_trained',
            'main']
 
-# %% ../../nbs/training/05_run.ipynb #cba81344
+# %% ../../nbs/training/05_run.ipynb #a0a62260
 import logging
 import sys
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer, PretrainedConfig, TrainerCallback
 
 from ..data.packing import PackedDataset, Packing, load_blocks
-from ..data.text import TextCorpus, tiny_shakespeare
+from ..data.text import tiny_shakespeare
 from ..data.tokenizers import tokenizer_hash
 from ..foundations.configuration import build, describe, differences
 from ..foundations.files import read_json, write_json
