@@ -182,7 +182,7 @@ def main() -> None:
 if __name__ == "__main__":
     main()
 
-# %% ../../nbs/training/04_launch.ipynb #d8e088b4
+# %% ../../nbs/training/04_launch.ipynb #6fa85862
 def slurm_script(
     module: str,  # module to run
     args: Sequence[str] = (),  # its command line
@@ -205,5 +205,5 @@ def slurm_script(
 
 _JOB = """set -euo pipefail
 export PYTHONUNBUFFERED=1
-HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export HEAD"""
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export HEAD=${hosts%%$'\\n'*}"""
