@@ -111,7 +111,7 @@ def test_tutorials_open_in_colab():
         own = f"https://colab.research.google.com/github/{CFG['user']}/{CFG['repo']}/blob/{CFG['branch']}"
         assert f"]({badge})]({own}/{path.relative_to(ROOT).as_posix()})" in "".join(cells[0]["source"]), path.name
         code = next("".join(c["source"]) for c in cells if c["cell_type"] == "code")
-guarded = '"google.colab" in sys.modules' in code and f"git+{CFG['git_url']}" in code and "[dev]" not in code
+        guarded = '"google.colab" in sys.modules' in code and f"git+{CFG['git_url']}" in code and "[dev]" not in code
         assert guarded, f"{path.name}: install dlm, without its tools, and only on Colab"
 
 
