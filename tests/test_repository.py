@@ -91,6 +91,12 @@ def test_notebooks_are_clean(copy):
     assert [p.name for p, clean in zip(NOTEBOOKS, same, strict=True) if not clean] == [], "run make fix"
 
 
+def test_pages_show_their_results():
+    for path in (p for p in NOTEBOOKS if p.parent.parent == ROOT / "nbs"):
+        stored = any(c.get("outputs") for c in json.loads(path.read_text())["cells"])
+        assert stored, f"no outputs stored: .venv/bin/python docs/execute.py {path.relative_to(ROOT)}"
+
+
 def test_readme_is_current():
     sys.path.insert(0, str(ROOT / "docs"))
     from readme import readme
