@@ -15,7 +15,7 @@ from pathlib import Path
 from ..foundations.files import atomic_path
 from .ancestral import State
 
-# %% ../../nbs/sampling/05_watching.ipynb #512c4c10
+# %% ../../nbs/sampling/05_watching.ipynb #97c530fd
 @dataclass(frozen=True)
 class Film:
     "The states of one text, ready to be shown"
@@ -41,6 +41,9 @@ class Film:
 
     def _repr_html_(self):
         return player(self)
+
+    def __repr__(self):
+        return f"Film of {len(self.start)} tokens in {len(self.steps)} steps: {self.frame(len(self.steps))[:40]!r}..."
 
 # %% ../../nbs/sampling/05_watching.ipynb #99053e44
 def record(
