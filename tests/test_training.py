@@ -1,7 +1,6 @@
 "The trainer: what a step is, what a run is, and what it refuses"
 
 import math
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ from dlm.foundations.configuration import build, describe
 from dlm.training.batches import Collate, GlobalBatches
 from dlm.training.checkpoints import checkpoints, load_checkpoint
 from dlm.training.ema import EMA
-from dlm.training.trainer import ConstantRate, CosineRate, DiffusionTrainer, TrainingConfig, check_world, mean_and_error
+from dlm.training.settings import ConstantRate, CosineRate, TrainingConfig, check_world, rate_after
+from dlm.training.trainer import DiffusionTrainer, mean_and_error
 
 # The average of the weights
 
@@ -147,14 +147,23 @@ def test_bf16_autocast_reaches_the_network(tmp_path):
     assert all(p.dtype == torch.float32 for p in net.parameters())
 
 
+def test_compile_reaches_the_network(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function: lambda *a, **k: compiled.append(1) or function(*a, **k))
+    tiny_run.trainer(tmp_path / "compiled", compile=True).train()
+    assert len(compiled) >= 12
+    tiny_run.trainer(tmp_path / "plain").train()
+    assert tiny_run.rows(tmp_path / "compiled") == tiny_run.rows(tmp_path / "plain")
+
+
 # The learning rate
 
 
 def test_learning_rate_is_a_function_of_the_step(tmp_path):
     run = TrainingConfig(steps=100, warmup_steps=10)
-    assert [run.rate(s) for s in (0, 5, 10, 99)] == [0, 0.5, 1, 1]
+    assert [rate_after(run, s) for s in (0, 5, 10, 99)] == [0, 0.5, 1, 1]
     run.schedule = CosineRate(end=0.1)
-    assert [run.rate(s) for s in (5, 10, 55, 100)] == pytest.approx([0.5, 1, 0.55, 0.1])
+    assert [rate_after(run, s) for s in (5, 10, 55, 100)] == pytest.approx([0.5, 1, 0.55, 0.1])
     tiny_run.trainer(tmp_path, schedule=CosineRate()).train()
     lrs = [row["lr"] for row in tiny_run.rows(tmp_path) if "lr" in row]
     expected = [min(s / 3, (1 + math.cos(math.pi * max(0, s - 3) / 9)) / 2) for s in range(12)]
@@ -245,9 +254,9 @@ def test_only_numbers_and_json_are_written(tmp_path):
     assert all(torch.equal(p, average[n]) for n, p in again.named_parameters())
 
 
-def test_tensorboard_gets_the_numbers(tmp_path):
+def test_tensorboard_gets_the_numbers(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(tmp_path / "board")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
     tiny_run.trainer(tmp_path, report_to=["tensorboard"]).train()
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

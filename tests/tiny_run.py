@@ -14,7 +14,8 @@ from dlm.diffusion.corruption import Absorbing
 from dlm.diffusion.objectives import AR, MDLM
 from dlm.models.dit import DiT, DiTConfig
 from dlm.training.reports import read_log
-from dlm.training.trainer import DiffusionTrainer, TrainingConfig
+from dlm.training.settings import TrainingConfig
+from dlm.training.trainer import DiffusionTrainer
 
 VOCAB, LENGTH = 12, 10
 

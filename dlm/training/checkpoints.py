@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['log', 'untie', 'save_tensors', 'load_tensors', 'save_checkpoint', 'damage', 'Checkpoint', 'load_checkpoint',
-           'checkpoints', 'latest_checkpoint', 'prune', 'whole', 'like', 'optimizer_tensors', 'load_optimizer_tensors']
+           'step_of', 'checkpoints', 'latest_checkpoint', 'prune', 'whole', 'like', 'optimizer_tensors',
+           'load_optimizer_tensors']
 
-# %% ../../nbs/training/03_checkpoints.ipynb #7e4ff51a
+# %% ../../nbs/training/03_checkpoints.ipynb #e59bf754
 import json
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +86,7 @@ def save_checkpoint(
         write_json(new / "manifest.json", {"files": files})
     return Path(path)
 
-# %% ../../nbs/training/03_checkpoints.ipynb #6e7603fd
+# %% ../../nbs/training/03_checkpoints.ipynb #8e957429
 def damage(
     path: str | Path,  # checkpoint folder
 ) -> str | None:  # what is wrong in one line, or nothing
@@ -107,7 +107,7 @@ def damage(
     altered = [name for name, expected in files.items() if sha256(path / name) != expected["sha256"]]
     return f"{altered[0]} was altered after it was written" if altered else None
 
-
+# %% ../../nbs/training/03_checkpoints.ipynb #933aa1a7
 @dataclass
 class Checkpoint:
     "What a checkpoint holds"
@@ -127,15 +127,20 @@ def load_checkpoint(
     tensors = {p.stem: load_tensors(p) for p in sorted(path.glob("*.safetensors"))}
     return Checkpoint(path, tensors, read_json(path / "state.json"))
 
-# %% ../../nbs/training/03_checkpoints.ipynb #3db7d6d1
+# %% ../../nbs/training/03_checkpoints.ipynb #f887bdb8
+def step_of(
+    path: Path,  # checkpoint folder
+) -> int:  # the step after which it was written
+    "The number in a checkpoint's name"
+    return int(path.name.rpartition("-")[2])
+
+
 def checkpoints(
     folder: str | Path,  # folder of a run
 ) -> list[Path]:  # its checkpoints, newest first
     "List the checkpoints of a run by their step"
-    found = [
-        (int(m[1]), p) for p in Path(folder).glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))
-    ]
-    return [p for _, p in sorted(found, reverse=True)]
+    found = [p for p in Path(folder).glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdecimal()]
+    return sorted(found, key=step_of, reverse=True)
 
 
 def latest_checkpoint(
@@ -149,21 +154,17 @@ def latest_checkpoint(
         log.warning("passed over %s: %s", path.name, wrong)
     return None
 
-# %% ../../nbs/training/03_checkpoints.ipynb #84c6e270
+# %% ../../nbs/training/03_checkpoints.ipynb #1e89edc1
 def prune(
     newest: str | Path,  # the checkpoint just written
     keep: int,  # how many to keep, this one included
 ) -> None:
     "Delete the older checkpoints beside `newest` and what was left half written"
     newest = Path(newest)
-    older = [p for p in checkpoints(newest.parent) if _step(p) < _step(newest)]
+    older = [p for p in checkpoints(newest.parent) if step_of(p) < step_of(newest)]
     leftovers = [p for p in newest.parent.glob(".checkpoint-*") if p.suffix in (".partial", ".old")]
     for path in older[max(keep, 1) - 1 :] + leftovers:
         remove(path)
-
-
-def _step(path):
-    return int(path.name.rpartition("-")[2])
 
 # %% ../../nbs/training/03_checkpoints.ipynb #3b55d38f
 def whole(
