@@ -10,8 +10,10 @@ The values of a scale are in `params/NAME/SCALE.yaml` beside the notebook; `-p` 
 import argparse
 import ast
 import json
+import logging
 import os
 import sys
+from base64 import b64encode
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from papermill.exceptions import PapermillExecutionError
 
 HERE = Path(__file__).resolve().parent
 TEMPLATE = HERE / "report.html.j2"
+BADGE = "https://colab.research.google.com/assets/colab-badge.svg", HERE.parent / "docs" / "_static" / "colab.svg"
 
 
 def experiments():
@@ -101,7 +104,10 @@ papermill_engines.register("terminal", Engine)
 def write_report(executed):
     "An HTML page of the notebook at `executed` that needs nothing else: pictures, formulas and films are inside"
     notebook = nbformat.read(executed, 4)
-    text = "".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+    badge = f"data:image/svg+xml;base64,{b64encode(BADGE[1].read_bytes()).decode()}"
+    markdown = [c for c in notebook.cells if c.cell_type == "markdown"]
+    for cell in markdown:
+        cell.source = cell.source.replace(BADGE[0], badge)
     mathjax = Path(find_spec("sphinx-mathjax-offline").origin).parent / "static" / "mathjax" / "tex-svg.js"
     exporter = HTMLExporter(
         template_file=str(TEMPLATE),
@@ -110,8 +116,9 @@ def write_report(executed):
         embed_images=True,
     )
     exporter.register_preprocessor("nbconvert.preprocessors.CoalesceStreamsPreprocessor", enabled=True)
+    exporter.log.setLevel(logging.ERROR)  # it warns of pictures without a description
     resources = {"metadata": {"name": executed.stem, "path": str(executed.parent)}}
-    resources["mathjax"] = mathjax.read_text() if "$" in text else ""
+    resources["mathjax"] = mathjax.read_text() if any("$" in c.source for c in markdown) else ""
     page, _ = exporter.from_notebook_node(notebook, resources)
     path = executed.with_name("report.html")
     path.write_text(page, encoding="utf-8")
@@ -127,23 +134,30 @@ def size(path):
     return f"{amount:.1f} {unit[1]}" + (f" in {len(files)} files" if path.is_dir() else "")
 
 
+def short(path):
+    "`path` from here, in full where that is shorter to read"
+    path, here = path.resolve(), Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
 def listing(out):
     "Lines that tell where everything of a run lies"
     notes = {"report.html": "open this one in a browser", "notebook.ipynb": "the notebook as it was executed"}
     names = sorted(out.iterdir(), key=lambda p: (p.name not in notes, p.name != "report.html", p.is_file(), p.name))
-    lines = [f"  {os.path.relpath(p)}{'/' * p.is_dir()}  ({notes.get(p.name, size(p))})" for p in names]
-    return [f"Everything of this run is in {os.path.relpath(out)}/", *lines]
+    lines = [f"  {short(p)}{'/' * p.is_dir()}  ({notes.get(p.name, size(p))})" for p in names]
+    return [f"Everything of this run is in {short(out)}/", *lines]
 
 
 def run(notebook, parameters, out):
     "Execute `notebook` with `parameters` into the folder `out`; ends the program with the cause if a cell fails"
     out.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # progress bars are text here
     executed, stopped = out / "notebook.ipynb", None
     try:
         papermill.execute_notebook(
             notebook,
             executed,
-            parameters={**parameters, "out": os.path.relpath(out)},
+            parameters={**parameters, "out": short(out)},
             engine_name="terminal",
             kernel_name="python3",
             progress_bar=False,

@@ -56,7 +56,7 @@ def folder(tmp_path, monkeypatch):
     )
     parameters.metadata["tags"] = ["parameters"]
     cells = [
-        nbformat.v4.new_markdown_cell("# Toy\n\nWith $x^2$"),
+        nbformat.v4.new_markdown_cell(f"# Toy\n\nWith $x^2$\n\n[![Colab]({runner.BADGE[0]})](https://example.org)"),
         parameters,
         nbformat.v4.new_code_cell("print('steps', steps, 'lr', lr)"),
         nbformat.v4.new_code_cell(
