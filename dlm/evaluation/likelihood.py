@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Likelihood', 'summarize', 'likelihood', 'one_pass', 'ngram_nats']
 
-# %% ../../nbs/evaluation/01_likelihood.ipynb #a833de6f
+# %% ../../nbs/evaluation/01_likelihood.ipynb #67f62db3
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 # %% ../../nbs/evaluation/01_likelihood.ipynb #07c97d9c
 @dataclass(frozen=True)

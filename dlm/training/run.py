@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Run', 'check_fit', 'write_run', 'read_run', 'Reporting', 'open_data', 'perform', 'train', 'load_trained', 'main']
 
-# %% ../../nbs/training/05_run.ipynb #78813da4
+# %% ../../nbs/training/05_run.ipynb #ef0b9a9e
 import logging
 import sys
 from collections.abc import Sequence
@@ -22,7 +22,6 @@ from ..data.text import tiny_shakespeare
 from ..data.tokenizers import tokenizer_hash
 from ..foundations.configuration import build, describe, differences
 from ..foundations.files import read_json, write_json
-from ..models.dit import DiTConfig
 from .launch import launch, report
 from .settings import TrainingConfig, recipe_of
 from .trainer import DiffusionTrainer
