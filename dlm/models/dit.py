@@ -200,7 +200,7 @@ def select(
     "The rows of `x` at `positions`"
     return None if x is None else x.expand(*positions.shape, -1)[positions]
 
-# %% ../../nbs/models/02_dit.ipynb #ec7934a4
+# %% ../../nbs/models/02_dit.ipynb #78bb91ad
 class SelfAttention:
     "The attention half of a block: a mixin, so that its layers keep their published names"
 
@@ -213,7 +213,7 @@ class SelfAttention:
     ) -> Tensor:  # mixed values, `[B, L, D]`
         "Let every position gather from those it may see"
         q, k, v = self.attn_qkv(h).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = rotate(q, tables), rotate(k, tables)
+        q, k, v = rotate(q, tables), rotate(k, tables), v.contiguous()
         if cache is not None:
             k, v = cache.update(self.index, k, v)
         return attend(q, k, v, mask).transpose(1, 2).flatten(-2)
