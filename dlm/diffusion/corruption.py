@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# %% ../../nbs/diffusion/02_corruption.ipynb #98b6d8c5
+# %% ../../nbs/diffusion/02_corruption.ipynb #51a7e71d
 @dataclass(frozen=True)
 class Absorbing:
     "Tokens turn into a mask and stay there: $q(z_t\\mid x)=\\alpha_t x+(1-\\alpha_t)m$ (MDLM, eq. 3)"
@@ -33,13 +33,8 @@ class Absorbing:
         "`x` with the tokens masked whose uniform is below $1-\\alpha$"
         return torch.where(u < 1 - alpha, self.mask_id, x)
 
-    def corrupt(
-        self,
-        x: Tensor,  # clean ids, [B, L]
-        alpha: Tensor,  # chance that a token stays, [B, 1] or [B, L]
-        generator: torch.Generator | None = None,  # source of randomness
-    ) -> Tensor:  # noisy ids, [B, L]
-        "Mask each token independently with probability $1-\\alpha$"
+    def corrupt(self, x: Tensor, alpha: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        "Mask each token of `x` [B, L] independently with probability $1-\\alpha$; `alpha` is [B, 1] or [B, L]"
         return self.at(x, alpha, torch.rand(x.shape, generator=generator, device=x.device))
 
     def posterior(self, x0_probs: Tensor, z: Tensor, alpha_s: Tensor, alpha_t: Tensor) -> Tensor:

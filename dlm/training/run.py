@@ -91,7 +91,7 @@ def read_run(
     run = Run(**build(read_json(Path(folder) / "run.json")))
     return run, AutoTokenizer.from_pretrained(Path(folder) / "tokenizer")
 
-# %% ../../nbs/training/05_run.ipynb #1f3c9202
+# %% ../../nbs/training/05_run.ipynb #b4dc8f34
 class Reporting(TrainerCallback):
     "Report losses and evaluations of process 0 to `launch`"
 
@@ -99,7 +99,7 @@ class Reporting(TrainerCallback):
         if state.is_world_process_zero and ("loss" in logs or "eval_loss" in logs):
             report(step=state.global_step, **logs)
 
-
+# %% ../../nbs/training/05_run.ipynb #6d69ad07
 def open_data(
     run: Run,  # what is trained
     tokenizer,  # what turns the text into ids
