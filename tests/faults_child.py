@@ -26,27 +26,35 @@ def train(folder):
 
 
 def finished(folder, world):
-    start = time.monotonic()
     codes = tiny_run.wait(tiny_run.fork(lambda: train(folder), world))
     assert codes == [0] * world, codes
-    return time.monotonic() - start
 
 
 def last_step(folder):
     return max([row["step"] for row in tiny_run.rows(folder)], default=0)
 
 
+def reaches(folder, step, pids):
+    "Wait until the log has a row of this step; false when the run ends before"
+    while last_step(folder) < step:
+        if any(os.waitid(os.P_PID, p, os.WEXITED | os.WNOHANG | os.WNOWAIT) for p in pids):
+            return False
+        time.sleep(0.002)
+    return True
+
+
 def at_random_moments(folder, world, chance, kills):
-    "Let it train for a random while, kill all of it, again and again, and then let it finish"
-    span = finished(folder / "whole", world)
-    stopped = []
-    while len(stopped) < kills:
-        pids = tiny_run.fork(lambda: train(folder / "killed"), world)
-        time.sleep(chance.uniform(0.1, 0.9) * span)
-        if -signal.SIGKILL not in tiny_run.kill(chance.sample(pids, len(pids)), pause=chance.uniform(0, 0.05)):
+    "Let it get a random number of steps further, kill all of it, again and again, and then let it finish"
+    finished(folder / "whole", world)
+    folder, stopped = folder / "killed", []
+    for _ in range(kills):
+        pids = tiny_run.fork(lambda: train(folder), world)
+        reaches(folder, last_step(folder) + chance.randint(1, 6), pids)
+        time.sleep(chance.uniform(0, 0.03))
+        if -signal.SIGKILL not in tiny_run.kill(chance.sample(pids, len(pids)), pause=chance.uniform(0, 0.02)):
             break
-        stopped.append(last_step(folder / "killed"))
-    finished(folder / "killed", world)
+        stopped.append(last_step(folder))
+    finished(folder, world)
     return stopped
 
 

@@ -21,7 +21,7 @@ from dlm.training.batches import Collate, GlobalBatches
 from dlm.training.checkpoints import checkpoints, load_checkpoint
 from dlm.training.ema import EMA
 from dlm.training.settings import ConstantRate, CosineRate, TrainingConfig, check_world, rate_after
-from dlm.training.trainer import DiffusionTrainer, mean_and_error
+from dlm.training.trainer import DiffusionTrainer, Watched, mean_and_error
 
 # The average of the weights
 
@@ -291,6 +291,24 @@ def test_nan_stops_the_run_and_keeps_the_last_checkpoint(log_every, tmp_path):
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-4"]
     kept = load_checkpoint(tmp_path / "checkpoint-4")
     assert all(t.isfinite().all() for group in kept.tensors.values() for t in group.values())
+
+
+class Waiting(DiffusionTrainer):
+    "Looks at the guard as seldom as on a GPU"
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super(Watched, self)._get_grad_norm(model, grad_norm)
+        self.guard.watch(self.state.global_step + 1, self.step_loss, norm)
+        return norm
+
+
+@pytest.mark.parametrize("rhythm", [{"save_every": 4, "log_every": 100}, {"save_every": 100, "log_every": 4}])
+def test_nan_is_found_before_anything_is_saved_or_logged(rhythm, tmp_path):
+    run, objective = tiny_run.config(**rhythm), Breaks(Absorbing(11, 12))
+    with pytest.raises(FloatingPointError, match="not finite at step 7"):
+        Waiting(tiny_run.network(), objective, run, tiny_run.texts(), None, tmp_path).train()
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-4"][: rhythm["save_every"] == 4]
+    assert [row["step"] for row in tiny_run.rows(tmp_path)] == [4][: rhythm["log_every"] == 4]
 
 
 def refused(tmp_path, match, net=None, objective=None, **changes):

@@ -6,7 +6,7 @@
 __all__ = ['TrainingModule', 'scale_gradients', 'GlobalMean', 'Watched', 'Wiring', 'Average', 'mean_and_error', 'deal',
            'shuffled_times', 'Evaluation', 'DiffusionTrainer']
 
-# %% ../../nbs/training/01_trainer.ipynb #aaf2d03b
+# %% ../../nbs/training/01_trainer.ipynb #9c7c2ae8
 import contextlib
 import time
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from .batches import Collate, GlobalBatches, generator_of, seed_of
+from .batches import Collate, GlobalBatches, generator_of, seed_global, seed_of
 from .checkpoints import whole
 from .ema import local, trainable
 from .reports import FiniteGuard, JsonLog, show_quietly
@@ -61,7 +61,7 @@ def scale_gradients(
     if grads:
         torch._foreach_mul_(grads, factor.to(grads[0]))
 
-# %% ../../nbs/training/01_trainer.ipynb #f59ad58e
+# %% ../../nbs/training/01_trainer.ipynb #8c0e8896
 class GlobalMean:
     "Steps whose loss and gradient are those of the mean over the tokens of the global batch"
 
@@ -72,7 +72,7 @@ class GlobalMean:
         rows, length = inputs["ids"].shape
         index = self.micro * args.world_size + args.process_index
         seed = seed_of(self.config.seed, "noise", self.state.global_step, index)
-        torch.manual_seed(seed)
+        seed_global(seed, args.device)
         nats, tokens = model(**inputs, t=self.times(index, rows), seed=seed)
         expected = rows * length * args.gradient_accumulation_steps
         self.accelerator.backward(nats.sum() / expected)
