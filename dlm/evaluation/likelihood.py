@@ -81,13 +81,13 @@ def one_pass(
         bar.update(len(batch["ids"]))
     return nats, tokens
 
-# %% ../../nbs/evaluation/01_likelihood.ipynb #aaa5752e
+# %% ../../nbs/evaluation/01_likelihood.ipynb #37d82969
 @torch.no_grad()
 def likelihood(
     network,  # a denoiser
     objective,  # the objective it was trained with
     data: Dataset,  # rows with `ids` and `valid`
-    passes: int = 4,  # Monte Carlo passes; an exact objective takes one
+    passes: int = 8,  # Monte Carlo passes; an exact objective takes one
     seed: int = 0,  # of the draws
     batch_size: int = 64,  # sequences in one forward pass
     progress: bool = True,  # show a bar

@@ -1,0 +1,100 @@
+"A run from its description: written, refused, trained by two processes, loaded."
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dlm.data.packing import Packing
+from dlm.data.text import corpus_alphabet, tiny_shakespeare
+from dlm.data.tokenizers import character_tokenizer, mask_id_and_size
+from dlm.diffusion.corruption import Absorbing
+from dlm.diffusion.objectives import AR, MDLM
+from dlm.diffusion.schedules import Cosine
+from dlm.evaluation.likelihood import likelihood
+from dlm.models.dit import DiTConfig
+from dlm.training.reports import read_log
+from dlm.training.run import Run, check_fit, load_trained, open_data, perform, read_run, train, write_run
+from dlm.training.settings import TrainingConfig
+
+
+@pytest.fixture
+def tokenizer():
+    return character_tokenizer(corpus_alphabet(tiny_shakespeare()))
+
+
+@pytest.fixture
+def run(tokenizer, monkeypatch, tmp_path):
+    monkeypatch.setenv("DLM_CACHE", str(tmp_path / "cache"))
+    mask_id, size = mask_id_and_size(tokenizer)
+    shape = dict(hidden_size=32, n_blocks=2, n_heads=2, cond_dim=8, length=32, dropout=0.0)
+    numbers = dict(steps=6, batch_size=8, lr=1e-3, warmup_steps=2, precision="fp32", eval_every=3, save_every=3)
+    return Run(
+        MDLM(Absorbing(mask_id, size)),
+        DiTConfig(vocab_size=size, **shape),
+        tiny_shakespeare(held_out=0.002),
+        Packing(32),
+        TrainingConfig(log_every=1, **numbers),
+    )
+
+
+def test_two_processes_train_together_and_the_result_loads(run, tokenizer, tmp_path):
+    reports = train(run, tokenizer, tmp_path / "run", n_procs=2, progress=False)
+    assert {r["world"] for r in reports} == {2}
+    assert [r["step"] for r in reports if "loss" in r] == list(range(1, 7))
+    assert read_log(tmp_path / "run" / "log.jsonl")[-1]["step"] == 6
+    network, objective, same = load_trained(tmp_path / "run")
+    assert objective == run.objective and same.get_vocab() == tokenizer.get_vocab() and not network.training
+    _, held_out = open_data(run, tokenizer)
+    measured = likelihood(network, objective, held_out, passes=8, progress=False)
+    last = [r for r in reports if "eval_loss" in r][-1]
+    assert abs(measured.nats - last["eval_loss"]) < 5 * (measured.text_se + last["eval_stderr"])
+
+
+def test_another_run_in_the_same_folder_is_refused(run, tokenizer, tmp_path):
+    write_run(run, tokenizer, tmp_path / "run")
+    write_run(replace(run, training=replace(run.training, steps=9, log_every=3)), tokenizer, tmp_path / "run")
+    other = replace(run, objective=replace(run.objective, schedule=Cosine()))
+    with pytest.raises(ValueError, match="holds another run .*objective.schedule.class"):
+        write_run(other, tokenizer, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda r: dict(objective=MDLM(Absorbing(3, 4))), "objective's vocabulary 4 and the network's 66"),
+        (lambda r: dict(objective=AR(66)), "objective causal True and network causal False"),
+        (lambda r: dict(packing=Packing(64)), "blocks of 64 and a network of length 32"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(run, tokenizer, change, message):
+    with pytest.raises(ValueError, match=message):
+        check_fit(replace(run, **change(run)), tokenizer)
+
+
+def test_missing_runs_and_models_are_named(run, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=r"holds no run\.json"):
+        read_run(tmp_path)
+    write_run(run, tokenizer, tmp_path / "run")
+    with pytest.raises(ValueError, match="has no model yet"):
+        load_trained(tmp_path / "run")
+
+
+def test_command_line_answers_in_one_line(tmp_path):
+    for words in ([], [str(tmp_path)]):
+        done = subprocess.run([sys.executable, "-m", "dlm.training.run", *words], capture_output=True, text=True)
+        lines = [x for x in done.stderr.splitlines() if x and "Warning" not in x]
+        assert done.returncode == 1 and len(lines) == 1 and "Traceback" not in done.stderr
+
+
+def test_same_seed_same_losses(run, tokenizer, tmp_path):
+    quiet = replace(run, training=replace(run.training, progress=False, steps=3))
+    losses = []
+    for name in "a", "b":
+        write_run(quiet, tokenizer, tmp_path / name)
+        torch.manual_seed(hash(name) % 1000)
+        perform(tmp_path / name)
+        losses.append([r["loss"] for r in read_log(tmp_path / name / "log.jsonl") if "loss" in r])
+    assert losses[0] == losses[1] and len(losses[0]) == 3
