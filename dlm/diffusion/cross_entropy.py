@@ -37,8 +37,8 @@ def at_least_float32(
     "Widen half precision"
     return x if x.dtype == torch.float64 else x.float()
 
-# %% ../../nbs/diffusion/03_cross_entropy.ipynb #bb699879
-FUSED_FROM = 2**28  # number of logits (1 GiB in float32) from which they are made in slices
+# %% ../../nbs/diffusion/03_cross_entropy.ipynb #792f724c
+FUSED_FROM = 2**26  # number of logits (256 MiB in float32) from which they are made in slices
 
 
 def head_cross_entropy(
@@ -57,17 +57,18 @@ def head_cross_entropy(
             logits[:, forbidden] = float("-inf")
     return InPlaceCrossEntropy.apply(logits, target)
 
-# %% ../../nbs/diffusion/03_cross_entropy.ipynb #59a150b8
+# %% ../../nbs/diffusion/03_cross_entropy.ipynb #bbf7a0e9
 def sliced_cross_entropy(
     head: torch.nn.Linear,  # the output matrix, V rows
     hidden: Tensor,  # hidden states, [N, D]
     target: Tensor,  # the right ids, [N]
     forbidden: int | None = None,  # id that has probability zero
-    rows: int = 256,  # positions in a slice
+    rows: int | None = None,  # positions in a slice; None: 256 on a CPU, elsewhere torch's own choice
 ) -> Tensor:  # negative log-probabilities in nats, [N]
     "`head_cross_entropy` that never holds all logits; needs a torch with `F.linear_cross_entropy`"
     bias = head.bias if head.bias is not None else hidden.new_zeros(head.out_features)
     if forbidden is not None:
         bias = bias.index_fill(0, torch.tensor(forbidden, device=bias.device), float("-inf"))
+    rows = 256 if rows is None and hidden.device.type == "cpu" else rows
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
     return F.linear_cross_entropy(hidden, head.weight, target, linear_bias=bias, reduction="none", options=options)
