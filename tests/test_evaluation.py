@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from golden import case
 
 from dlm.diffusion.corruption import Absorbing
 from dlm.diffusion.objectives import AR, MDLM
@@ -79,3 +80,11 @@ def test_counts_by_hand():
     assert ngram_nats([0, 0, 1], [0, 1], 2, 2) == pytest.approx(math.log(2))
     with pytest.raises(ValueError, match="too short"):
         ngram_nats([0], [0, 1], 2, 2)
+
+
+def test_golden_mdlm_forward_process_metrics():
+    golden = case("mdlm_forward_process")
+    nats = (golden["metric.nlls"] * golden["metric.weights"]).double().sum(1)
+    found = summarize(nats[None], golden["metric.weights"].double().sum(1))
+    for name, value in (("nll", found.nats), ("bpd", found.bits), ("ppl", found.perplexity)):
+        golden.compare(torch.tensor(value, dtype=torch.float64), f"metric.{name}")
