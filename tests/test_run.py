@@ -45,6 +45,7 @@ def test_two_processes_train_together_and_the_result_loads(run, tokenizer, tmp_p
     assert {r["world"] for r in reports} == {2}
     assert [r["step"] for r in reports if "loss" in r] == list(range(1, 7))
     assert read_log(tmp_path / "run" / "log.jsonl")[-1]["step"] == 6
+    assert train(run, tokenizer, tmp_path / "run", progress=False) == [{"step": 6, "world": 1}]  # nothing left to do
     network, objective, same = load_trained(tmp_path / "run")
     assert objective == run.objective and same.get_vocab() == tokenizer.get_vocab() and not network.training
     _, held_out = open_data(run, tokenizer)

@@ -151,7 +151,7 @@ def load_trained(
         raise ValueError(f"{folder} has no model yet: call train again to finish the run")
     return AutoModel.from_pretrained(Path(folder) / "model").eval(), run.objective, tokenizer
 
-# %% ../../nbs/training/05_run.ipynb #23846278
+# %% ../../nbs/training/05_run.ipynb #512072e6
 def main(argv: Sequence[str] | None = None) -> None:
     "Train the run in the folder named on the command line: `python -m dlm.training.run FOLDER`"
     argv = sys.argv[1:] if argv is None else argv
@@ -160,7 +160,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     try:
-        perform(argv[0], [Reporting()])
+        trainer = perform(argv[0], [Reporting()])
+        if trainer.is_world_process_zero():
+            report(step=trainer.state.global_step)
     except (ValueError, OSError, FloatingPointError) as e:
         logging.getLogger("dlm").debug("stopped", exc_info=True)
         sys.exit(f"{type(e).__name__}: {e}")
