@@ -129,7 +129,7 @@ def perform(
     trainer.save_model()
     return trainer
 
-# %% ../../nbs/training/05_run.ipynb #2a842916
+# %% ../../nbs/training/05_run.ipynb #d65cdf05
 def train(
     run: Run,  # what is to be trained
     tokenizer,  # what turns the text into ids
@@ -139,6 +139,7 @@ def train(
     "Train in new processes, from the newest checkpoint if there is one"
     quiet = replace(run, training=replace(run.training, progress=False))
     folder = write_run(quiet, tokenizer, folder)
+    open_data(quiet, tokenizer)
     return launch("dlm.training.run", [str(folder)], total=run.training.steps, **where)
 
 
