@@ -36,7 +36,7 @@ def nucleus(
     keep[..., 0] = True
     return log_probs.masked_fill(~keep.gather(-1, order.argsort(-1)), -math.inf)
 
-# %% ../../nbs/sampling/01_categorical.ipynb #aa0f0a1b
+# %% ../../nbs/sampling/01_categorical.ipynb #9d2a3fdc
 @dataclass(frozen=True)
 class Categorical:
     "Draw exactly, after temperature and nucleus; raises ValueError for values that make no distribution"
@@ -56,21 +56,34 @@ class Categorical:
         scaled = log_probs / self.temperature if self.temperature != 1 else log_probs
         return nucleus(scaled, self.top_p, self.keep_crossing) if self.top_p < 1 else scaled
 
+    def draw(self, log_probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        "One id for each row of log-probabilities, drawn exactly, [N, V] to [N]"
+        u = torch.rand(len(log_probs), dtype=torch.float64, generator=generator, device=log_probs.device)
+        return invert_cdf(log_probs, u)
+
     def __call__(self, log_probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
         "One id for each row of `log_probs`, [N, V] to [N]"
-        u = torch.rand(len(log_probs), dtype=torch.float64, generator=generator, device=log_probs.device)
-        return invert_cdf(self.shape(log_probs), u)
+        return self.draw(self.shape(log_probs), generator)
 
-# %% ../../nbs/sampling/01_categorical.ipynb #858aa1c0
+# %% ../../nbs/sampling/01_categorical.ipynb #eb8b8b51
 @dataclass(frozen=True)
 class Greedy:
     "The most likely token"
+
+    def shape(self, log_probs: Tensor) -> Tensor:
+        "All probability on the most likely token"
+        best = log_probs.argmax(-1, keepdim=True)
+        return torch.full_like(log_probs, -math.inf).scatter(-1, best, 0.0)
+
+    def draw(self, log_probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        "The most likely id of each row, [N, V] to [N]"
+        return log_probs.argmax(-1)
 
     def __call__(self, log_probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
         "One id for each row of `log_probs`, [N, V] to [N]"
         return log_probs.argmax(-1)
 
-# %% ../../nbs/sampling/01_categorical.ipynb #55f75dcd
+# %% ../../nbs/sampling/01_categorical.ipynb #c65a2ea6
 @dataclass(frozen=True)
 class LegacyFloat32:
     "The Gumbel draw of SEDD and MDLM, biased by float32; only to compare with published figures"
@@ -80,6 +93,14 @@ class LegacyFloat32:
     def at(self, probs: Tensor, u: Tensor) -> Tensor:
         "Ids for weights `probs` and uniforms `u`, both [..., V]"
         return (probs / (self.clamp - torch.log(u + self.clamp))).argmax(-1)
+
+    def shape(self, log_probs: Tensor) -> Tensor:
+        "Nothing is sharpened"
+        return log_probs
+
+    def draw(self, log_probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        "One id for each row of log-probabilities, [N, V] to [N]"
+        return self(log_probs, generator)
 
     def __call__(self, log_probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
         "One id for each row of `log_probs`, [N, V] to [N]"
