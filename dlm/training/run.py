@@ -38,7 +38,7 @@ class Run:
     training: TrainingConfig = field(default_factory=TrainingConfig)  # numbers of the optimiser
     held_out: str = "test"  # split that is evaluated during training
 
-# %% ../../nbs/training/05_run.ipynb #36a132af
+# %% ../../nbs/training/05_run.ipynb #6260a378
 def check_fit(
     run: Run,  # what is to be trained
     tokenizer,  # what turned the text into ids
@@ -46,6 +46,7 @@ def check_fit(
     "Raise ValueError, naming both sides, for parts that do not fit together"
     network, objective = run.network, run.objective
     size = getattr(objective, "corruption", objective).vocab_size
+    timed = getattr(network, "time_conditioning", False)
     pairs = [
         ("the objective's vocabulary", size, "the network's", network.vocab_size, size == network.vocab_size),
         (
@@ -57,6 +58,13 @@ def check_fit(
         ),
         ("blocks of", run.packing.length, "a network of length", network.length, run.packing.length <= network.length),
         ("objective causal", objective.causal, "network causal", network.causal, objective.causal == network.causal),
+        (
+            f"{type(objective).__name__} needs_time",
+            objective.needs_time,
+            f"{type(network).__name__} time_conditioning",
+            timed,
+            timed or not objective.needs_time,
+        ),
     ]
     for one, x, other, y, fits in pairs:
         if not fits:
