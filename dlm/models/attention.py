@@ -156,7 +156,7 @@ def attend(
     "For each query the average of the values it may see, weighted by how well their keys fit"
     return (kernel or kernel_for(q, mask))(q, k, v, mask)
 
-# %% ../../nbs/models/01_attention.ipynb #6d0933fb
+# %% ../../nbs/models/01_attention.ipynb #db01e4f7
 class KVCache:
     "Keys and values of the tokens seen so far, layer by layer, in memory claimed once"
 
@@ -185,3 +185,24 @@ class KVCache:
         for store, new in zip(self.layers[layer], (k, v), strict=True):
             store[..., start:end, :] = new
         return tuple(store[..., :end, :] for store in self.layers[layer])
+
+    def cut(self, length: int) -> None:
+        "Forget all but the first `length` tokens"
+        self.filled = [min(length, filled) for filled in self.filled]
+
+    def drop(self, n: int) -> None:
+        "Forget the first `n` tokens; the others move up and keep the angles they were turned by"
+        kept = self.length - n
+        self.layers = [[x.roll(-n, -2) for x in stores] for stores in self.layers]
+        self.cut(kept)
+
+    def of(
+        self,
+        rows: Tensor,  # true for the texts that are wanted, `[B]`
+        room: int = 0,  # for how many more tokens
+    ) -> "KVCache":  # a copy for those texts
+        "What is remembered of some of the texts"
+        found = KVCache(self.length + room)
+        for i, stores in enumerate(self.layers):
+            found.update(i, *(store[rows, :, : self.filled[i]] for store in stores))
+        return found

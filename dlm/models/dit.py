@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Sizes', 'check_shape', 'DiTConfig', 'full_precision', 'TokenEmbedding', 'waves', 'SigmaEmbedding', 'LabelEmbedding',
            'conditioning', 'ZeroLinear', 'modulate', 'gated', 'modulations', 'select', 'SelfAttention', 'Block',
-           'FinalLayer', 'check_input', 'Denoiser', 'DiT']
+           'FinalLayer', 'span', 'check_input', 'Denoiser', 'DiT']
 
 # %% ../../nbs/models/02_dit.ipynb #891bb7d0
 import math
@@ -307,20 +307,30 @@ class FinalLayer(nn.Module):
             shift, scale = select(shift, positions), select(scale, positions)
         return modulate(self.norm_final(x), shift, scale)
 
-# %% ../../nbs/models/02_dit.ipynb #cb051aba
+# %% ../../nbs/models/02_dit.ipynb #ca4e24cb
+def span(
+    ids: Tensor,  # ids or embeddings
+    places: Tensor | None,  # where each token stands; those on an accelerator are trusted, a look would stall it
+) -> int:  # tokens from the first place to the last
+    "How much text the input covers"
+    if places is None:
+        return ids.shape[1]
+    seen = places.device.type == "cpu" and not torch.compiler.is_compiling()
+    return int(places.max() - places.min()) + 1 if seen else 0
+
+# %% ../../nbs/models/02_dit.ipynb #62433198
 def check_input(
     config: DiTConfig,  # shape of the network
     ids: Tensor,  # ids or embeddings
     sigma: Tensor | None,  # noise levels
-    start: int,  # tokens in the cache
+    tokens: int,  # length of the text, what the cache holds included
     label: Tensor | None = None,  # classes
 ):
     "Raise a ValueError for input of the wrong shape or too long"
     if ids.ndim != (3 if ids.is_floating_point() else 2):
         raise ValueError(f"input of shape {tuple(ids.shape)}: pass ids [B, L] or float embeddings [B, L, D]")
-    end = start + ids.shape[1]
-    if end > config.length:
-        raise ValueError(f"{end} tokens for a network of length {config.length}: shorten them or set config.length")
+    if tokens > config.length:
+        raise ValueError(f"{tokens} tokens for a network of length {config.length}: shorten them or set config.length")
     if sigma is not None and sigma.shape != ids.shape[:1]:
         raise ValueError(
             f"sigma of shape {tuple(sigma.shape)} for a batch of {ids.shape[0]}: pass one noise level each"
@@ -330,7 +340,7 @@ def check_input(
     if label is not None and (label.shape != ids.shape[:1] or label.max() > config.num_classes or label.min() < 0):
         raise ValueError(f"labels for a batch of {ids.shape[0]}: pass one each, from 0 to {config.num_classes}")
 
-# %% ../../nbs/models/02_dit.ipynb #f2c040ff
+# %% ../../nbs/models/02_dit.ipynb #6c7f478d
 class Denoiser:
     "Everything before the vocabulary: a mixin of `DiT`"
 
@@ -341,16 +351,16 @@ class Denoiser:
         attention=None,  # what `attend` takes; None: all, or `Causal()` in a causal network
         cache: KVCache | None = None,  # keys and values of the tokens before these
         positions: Tensor | None = None,  # true where the result is wanted, `[B, L]`; None: everywhere
-        places: Tensor | None = None,  # where each token stands, `[L]`; None: one after the other
+        places: Tensor | None = None,  # where each token stands, `[L]`; None: one after the other, after the cache
         label: Tensor | None = None,  # class of each text, `[B]`; None: no class
     ) -> Tensor:  # the input of `head`, `[B, L, D]`, or `[N, D]` in the order of `positions.nonzero()`
         "Run all blocks and the final norm; raises a ValueError for input the network can not take"
         config, start = self.config, 0 if cache is None else cache.length
-        check_input(config, ids, sigma, start if places is None else -ids.shape[1], label)
+        check_input(config, ids, sigma, start + span(ids, places), label)
         x = self.vocab_embed(ids)
         c = conditioning(self.sigma_map, sigma if config.time_conditioning else None, self.cond_map, label)
         places = torch.arange(start, start + x.shape[1], device=x.device) if places is None else places
-        tables = rotary(places, config.hidden_size // config.n_heads)
+        tables = rotary(places.to(x.device), config.hidden_size // config.n_heads)
         mask = Causal() if attention is None and config.causal else attention
         for block in self.blocks:
             x = block(x, c, tables, mask, cache, positions if block is self.blocks[-1] else None)
