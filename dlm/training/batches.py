@@ -87,7 +87,7 @@ class GlobalBatches:
     def __len__(self):
         return self.steps * self.batch_size // (self.micro * self.world)
 
-# %% ../../nbs/training/00_batches.ipynb #0c8bbb18
+# %% ../../nbs/training/00_batches.ipynb #67410be3
 def check_ids(
     ids: Tensor,  # token ids, [B, L]
     vocab_size: int,  # number of ids the network knows
@@ -114,4 +114,5 @@ class Collate:
         ids = torch.stack([torch.as_tensor(r["ids"]) for r in rows]).long()
         check_ids(ids, self.vocab_size)
         valid = [torch.as_tensor(r["valid"]) if "valid" in r else torch.ones(lengths[0]) for r in rows]
-        return {"ids": ids, "valid": torch.stack(valid).bool()}
+        labels = {"label": torch.as_tensor([int(r["label"]) for r in rows])} if "label" in rows[0] else {}
+        return {"ids": ids, "valid": torch.stack(valid).bool(), **labels}

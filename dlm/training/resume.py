@@ -6,7 +6,7 @@
 __all__ = ['identity_of', 'refuse_other_run', 'run_tensors', 'run_state', 'failure', 'Saving', 'set_rate', 'check_wrapper',
            'Loading', 'Resuming']
 
-# %% ../../nbs/training/08_resume.ipynb #2f7e553f
+# %% ../../nbs/training/08_resume.ipynb #de10a254
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -36,17 +36,20 @@ from dlm.training.checkpoints import (
 )
 from .ema import EMA, trainable
 from .settings import TrainingConfig, recipe_of
+from .teacher import Teacher
 
-# %% ../../nbs/training/08_resume.ipynb #3c2ca2cf
+# %% ../../nbs/training/08_resume.ipynb #aea4b86c
 def identity_of(
     network: nn.Module,  # with a `config`
     objective: Any,  # a dataclass
     config: TrainingConfig,  # configuration of the run
     tokenizer: str | None,  # fingerprint of the tokenizer
+    start: str | None = None,  # folder of the run whose weights it starts from
 ) -> dict:  # what must be the same in a checkpoint and in the run that resumes from it
     "Describe what a run trains and how"
     parts = {"network": describe(network.config), "objective": describe(objective)}
-    return parts | {"training": recipe_of(config), "tokenizer": tokenizer}
+    parts |= {"training": recipe_of(config), "tokenizer": tokenizer}
+    return parts if start is None else parts | {"start": start}
 
 
 def refuse_other_run(
@@ -59,15 +62,17 @@ def refuse_other_run(
         about = f"cannot resume from {path}: {'; '.join(found)} (saved and asked for)"
         raise ValueError(f"{about}; set it back or use another folder")
 
-# %% ../../nbs/training/08_resume.ipynb #7658bee6
+# %% ../../nbs/training/08_resume.ipynb #a9c2c7f3
 def run_tensors(
     network: nn.Module,  # the network
     ema: EMA,  # its average
     optimizer: torch.optim.Optimizer,  # its optimiser
+    teacher: Teacher | None = None,  # what it learns from, if it does
 ) -> dict[str, dict[str, Tensor]]:  # groups of whole tensors by name
     "All tensors of a run; every process must call this"
     state = optimizer_tensors(optimizer, trainable(network))
     groups = {"network": network.state_dict(), "ema": ema.state_dict(), "optimizer": state}
+    groups |= {} if teacher is None else {"teacher": teacher.network.state_dict()}
     return {group: {n: whole(t) for n, t in named.items()} for group, named in groups.items()}
 
 
@@ -96,13 +101,13 @@ def failure(
     last = f"{kept[0].name} is intact" if kept else "there is no earlier one"
     return f"could not save {path.name} ({problem}): {last}; free disk space and start again to resume"
 
-# %% ../../nbs/training/08_resume.ipynb #cfdb8ec6
+# %% ../../nbs/training/08_resume.ipynb #72eb1e1d
 class Saving:
     "Checkpoints without pickle, an honest log, and the model at the end"
 
     def _save_checkpoint(self, model, trial):
         self.guard.check()
-        tensors = run_tensors(self.module.network, self.average.ema, self.optimizer)
+        tensors = run_tensors(self.module.network, self.average.ema, self.optimizer, self.module.teacher)
         path, problem = self.folder / f"checkpoint-{self.state.global_step}", ""
         if self.is_world_process_zero():
             try:
@@ -152,7 +157,7 @@ def check_wrapper(
     if args.fsdp and not sharded:
         raise RuntimeError("the weights are not sharded although fsdp was asked for: it needs GPUs and fsdp version 2")
 
-# %% ../../nbs/training/08_resume.ipynb #e5de96a9
+# %% ../../nbs/training/08_resume.ipynb #da401f0e
 class Loading:
     "Puts back what a checkpoint holds"
 
@@ -162,6 +167,8 @@ class Loading:
         network = self.module.network
         own = network.state_dict()
         network.load_state_dict({n: like(t, own[n]) for n, t in saved.tensors["network"].items()})
+        if self.module.teacher is not None:
+            self.module.teacher.load(saved.tensors["teacher"])
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         parameters = trainable(self.module.network)
