@@ -156,7 +156,7 @@ def attend(
     "For each query the average of the values it may see, weighted by how well their keys fit"
     return (kernel or kernel_for(q, mask))(q, k, v, mask)
 
-# %% ../../nbs/models/01_attention.ipynb #db01e4f7
+# %% ../../nbs/models/01_attention.ipynb #9fbff41f
 class KVCache:
     "Keys and values of the tokens seen so far, layer by layer, in memory claimed once"
 
@@ -196,13 +196,9 @@ class KVCache:
         self.layers = [[x.roll(-n, -2) for x in stores] for stores in self.layers]
         self.cut(kept)
 
-    def of(
-        self,
-        rows: Tensor,  # true for the texts that are wanted, `[B]`
-        room: int = 0,  # for how many more tokens
-    ) -> "KVCache":  # a copy for those texts
-        "What is remembered of some of the texts"
-        found = KVCache(self.length + room)
+    def of(self, rows: Tensor) -> "KVCache":
+        "A copy for the texts that are true in `rows`, [B], with the same capacity"
+        found = KVCache(self.capacity)
         for i, stores in enumerate(self.layers):
             found.update(i, *(store[rows, :, : self.filled[i]] for store in stores))
         return found
