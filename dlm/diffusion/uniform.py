@@ -129,10 +129,12 @@ def uniform_rows(
 
     return in_slices(head, hidden, nats, x, z, alpha, dalpha, noise)
 
-# %% ../../nbs/diffusion/07_uniform.ipynb #5ed12248
+# %% ../../nbs/diffusion/07_uniform.ipynb #b82bd0bc
 @dataclass(frozen=True)
 class UDLM(Diffusion):
     "Uniform diffusion in continuous time (UDLM, Schiff et al., 2025; DUO, Sahoo et al., 2025)"
+
+    needs_time = True  # how far an input can be believed depends on its noise
 
     def __post_init__(self):
         "Raises a ValueError for another corruption, and for a number of steps"
