@@ -36,7 +36,7 @@ def nucleus(
     keep[..., 0] = True
     return log_probs.masked_fill(~keep.gather(-1, order.argsort(-1)), -math.inf)
 
-# %% ../../nbs/sampling/01_categorical.ipynb #9d2a3fdc
+# %% ../../nbs/sampling/01_categorical.ipynb #1a9e7dab
 @dataclass(frozen=True)
 class Categorical:
     "Draw exactly, after temperature and nucleus; raises ValueError for values that make no distribution"
@@ -50,6 +50,16 @@ class Categorical:
             raise ValueError(f"temperature {self.temperature} must be positive: use Greedy() for the most likely token")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p {self.top_p} must lie in (0, 1]")
+
+    @classmethod
+    def keeping_crossing(cls, top_p: float, temperature: float = 1.0) -> "Categorical":
+        "The nucleus of DUO and DiffuLLaMA: the token that crosses `top_p` stays"
+        return cls(temperature, top_p, True)
+
+    @classmethod
+    def dropping_crossing(cls, top_p: float, temperature: float = 1.0) -> "Categorical":
+        "The nucleus of ReMDM and BD3-LM: the token that crosses `top_p` goes, unless it is the first"
+        return cls(temperature, top_p, False)
 
     def shape(self, log_probs: Tensor) -> Tensor:
         "The log-probabilities that are drawn from, not normalised"

@@ -1,0 +1,289 @@
+"The family of samplers: recorded steps of the originals, exact laws by enumeration, identities, given tokens."
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+from golden import case
+from scipy.stats import chi2
+
+from dlm.diffusion.corruption import Absorbing, Uniform
+from dlm.diffusion.finite import D3PM
+from dlm.diffusion.objectives import MDLM, reverse_law
+from dlm.diffusion.schedules import Cosine, CosineBD3, Geometric, LogLinear
+from dlm.diffusion.uniform import UDLM
+from dlm.foundations.configuration import build, describe
+from dlm.sampling.ancestral import Ancestral, Stepwise, grid, last
+from dlm.sampling.canvas import blank, infill, prompted
+from dlm.sampling.categorical import Categorical, Greedy, LegacyFloat32, nucleus
+from dlm.sampling.orders import (
+    AlongSchedule,
+    Confidence,
+    Entropy,
+    Evenly,
+    FirstHitting,
+    Margin,
+    RandomOrder,
+    TopProbability,
+    surest,
+)
+from dlm.sampling.psi import (
+    AtAlpha,
+    AtTime,
+    ByConfidence,
+    Cap,
+    Coins,
+    Constant,
+    FlowCorrector,
+    ForwardBackward,
+    Loop,
+    Phases,
+    Psi,
+    Rescale,
+    RescaleTwice,
+    doubt,
+    largest_sigma,
+    written_chance,
+)
+
+# Steps as the originals took them
+
+
+def draw(law, uniforms):
+    "What the originals draw from a law with recorded uniforms"
+    return LegacyFloat32().at(law, uniforms)
+
+
+def uniform_case():
+    golden = case("duo_samplers")
+    objective = UDLM(Uniform(golden.config["vocab_size"]))
+    z, t = golden["xt"], golden["t"].double()
+    return golden, objective, objective.log_x0(golden["raw_logits"], z), z, t, t - golden.config["dt"]
+
+
+@pytest.mark.parametrize("last_step", [False, True])
+def test_golden_duo_samplers_ancestral(last_step):
+    golden, objective, log_x0, z, t, s = uniform_case()
+    golden.compare(log_x0.double().exp(), "p_x0")
+    law = reverse_law(objective, log_x0, z, t, s * (not last_step))
+    golden.compare(law, "ancestral_final.probs" if last_step else "ancestral.probs")
+    if not last_step:
+        golden.compare(draw(law, golden["ancestral.uniforms"]), "ancestral.sample")
+    one_hot = torch.nn.functional.one_hot(golden["x0"], golden.config["vocab_size"]).double()
+    alpha = objective.schedule.alpha
+    golden.compare(objective.corruption.posterior(one_hot, z, alpha(s), alpha(t)), "posterior_onehot")
+
+
+def test_golden_duo_samplers_ends():
+    golden, objective, log_x0, z, t, _ = uniform_case()
+    law = reverse_law(objective, log_x0, z, torch.full_like(t, 1e-5), 0 * t)
+    golden.compare(law, "noise_removal_ancestral.probs")
+    golden.compare(draw(law, golden["noise_removal_ancestral.uniforms"]), "noise_removal_ancestral.sample")
+    greedy = reverse_law(objective, log_x0, z, torch.full_like(t, 1e-5), 0 * t, shape=Greedy().shape)
+    golden.compare(greedy.argmax(-1), "noise_removal_greedy.sample")
+    assert (greedy.amax(-1) > 1 - 1e-12).all()
+
+
+def test_golden_duo_samplers_greedy_tail_of_a_walk():
+    golden, objective, _, z, _, _ = uniform_case()
+
+    class Recorded:
+        head = staticmethod(lambda h: h)
+
+        def hidden(self, ids, sigma=None, positions=None):
+            return golden["raw_logits"][positions]
+
+    now = torch.ones_like(z, dtype=torch.bool)
+    ids, _ = Ancestral(4, final=Greedy()).leap(Recorded(), objective, z, now, torch.tensor(1e-5).double(), None, None)
+    golden.compare(ids, "noise_removal_greedy.sample")
+
+
+def test_golden_duo_samplers_nucleus():
+    golden, objective, log_x0, z, t, s = uniform_case()
+    for name in golden.names("nucleus"):
+        top_p, kind = float(name.rsplit(".", 1)[0]), name.rsplit(".", 1)[1]
+        choose = Categorical.keeping_crossing(top_p)
+        made = dict(
+            p_x0=lambda choose=choose: choose.shape(log_x0.double()).softmax(-1),
+            probs=lambda choose=choose: reverse_law(objective, log_x0, z, t, s, shape=choose.shape),
+        )
+        golden.compare(made[kind](), f"nucleus{name}")
+    assert golden.names("nucleus")
+
+
+@pytest.mark.parametrize("name", ["duo_samplers", "duo_mdlm_samplers"])
+def test_golden_duo_samplers_psi(name):
+    golden = case(name)
+    z, t = golden["xt"], golden["t"].double()
+    if name == "duo_samplers":
+        objective = UDLM(Uniform(golden.config["vocab_size"]))
+    else:
+        objective = MDLM(Absorbing(golden.config["mask_index"], golden.config["vocab_size_with_mask"]))
+    log_x0 = objective.log_x0(golden["raw_logits"], z)
+    names = golden.names("psi.kappa")
+    for rest in names:
+        law = reverse_law(objective, log_x0, z, t, t - golden.config["dt"], float(rest.removesuffix(".probs")))
+        golden.compare(law, f"psi.kappa{rest}")
+    assert len(names) >= 2
+
+
+def test_golden_duo_mdlm_samplers_ancestral():
+    golden = case("duo_mdlm_samplers")
+    objective = MDLM(Absorbing(golden.config["mask_index"], golden.config["vocab_size_with_mask"]))
+    z, t = golden["xt"], golden["t"].double()
+    log_x0 = objective.log_x0(golden["raw_logits"], z)
+    law = reverse_law(objective, log_x0, z, t, t - golden.config["dt"])
+    golden.compare(law, "ancestral.probs")
+    golden.compare(draw(law, golden["ancestral.uniforms"]), "ancestral.sample")
+
+
+MODES = {
+    "pure-posterior": lambda: Constant(1.0),
+    "pure-pc": lambda: Constant(0.0),
+    "constant": Constant,
+    "max-capped": Cap,
+    "max-rescale": RescaleTwice,
+    "constant-remdm": Cap,
+}
+
+
+def test_golden_duo_samplers_kappas():
+    golden = case("duo_samplers")
+    names = golden.names("kappas.middle_")
+    for name in names:
+        mode, *value = [name] if name in MODES else name.rsplit("-", 1)
+        phases = Phases(middle=MODES[mode](*map(float, value)))
+        kappas = phases.kappas(grid(len(golden[f"kappas.middle_{name}"]) - 1), LogLinear())
+        golden.compare(kappas.clamp(0, 1), f"kappas.middle_{name}")
+    assert names
+
+
+def test_golden_duo_samplers_time_profiles():
+    golden = case("duo_samplers")
+    names = golden.names("time_profile.")
+    for name in names:
+        profile, steps = name.split(".steps")
+        _, _, value = profile.partition("linear-constant-linear-")
+        still = None
+        if value:
+            still = AtAlpha(float(value.removesuffix("-inv"))) if value.endswith("-inv") else AtTime(float(value))
+        # the original takes the time of an alpha on the schedule that reaches 0
+        golden.compare(Phases(still=still).times(int(steps), 1e-5, LogLinear(0.0)), f"time_profile.{name}")
+    assert names
+
+
+REMDM = {
+    "mdlm": lambda eta: Constant(1.0),
+    "forward-backward": lambda eta: ForwardBackward(),
+    "remdm-cap": Cap,
+    "remdm-rescale": Rescale,
+    "remdm-loop": Loop,
+}
+
+
+def remdm_law(x0, z, mask_id, written, sigma):
+    "Law of a step with two chances, [B, L, V]; `sigma` is a number or [B, L]"
+    one_hot = torch.nn.functional.one_hot(z, x0.shape[-1]).double()
+    mask = torch.nn.functional.one_hot(torch.tensor(mask_id), x0.shape[-1]).double()
+    sigma = torch.as_tensor(sigma).expand(z.shape)[..., None]
+    back = (1 - sigma) * one_hot + sigma * mask
+    return torch.where((z == mask_id)[..., None], written * x0 + (1 - written) * mask, back)
+
+
+def remdm_case():
+    golden = case("remdm_samplers")
+    mask_id = golden.config["mask_index"]
+    objective = MDLM(Absorbing(mask_id, golden.config["vocab_size_with_mask"]), LogLinear(0.0))
+    return golden, objective, objective.log_x0(golden["raw_logits"], golden["xt"]), golden["xt"], mask_id
+
+
+def full_time(text, dt):
+    "The time in a tensor's name; names round the last time of the grid"
+    t = torch.tensor(float(text), dtype=torch.float32).double().item()
+    return 1 - 15 * dt if abs(t - (1 - 15 * dt)) < 1e-6 else t
+
+
+def remdm_names(golden):
+    "Sampler, eta, nucleus and time of each recorded step"
+    for name in golden.names(""):
+        if name.endswith(".probs") and not name.startswith("dfm"):
+            stem, time = name.removesuffix(".probs").rsplit(".t", 1)
+            head, *rest = stem.split(".eta")
+            eta, *top_p = rest[0].split(".nucleus") if rest else [0.0]
+            yield f"{stem}.t{time}", head, float(eta), float(top_p[0]) if top_p else 1.0, time
+
+
+def test_golden_remdm_samplers_steps():
+    golden, objective, log_x0, z, mask_id = remdm_case()
+    dt, count = golden.config["dt"], 0
+    for name, sampler, eta, top_p, time in remdm_names(golden):
+        t = full_time(time, dt)
+        alpha_t, alpha_s = (torch.tensor([1 - u], dtype=torch.float64) for u in (t, t - dt))
+        x0 = Categorical.dropping_crossing(top_p).shape(log_x0.double()).softmax(-1)
+        if sampler == "remdm-conf":
+            sigma = largest_sigma(alpha_t, alpha_s) * doubt(-golden["conf"].double(), z != mask_id)
+            written = written_chance(alpha_t, alpha_s, torch.zeros(1))
+        else:
+            member, times = REMDM[sampler](eta), torch.tensor([t, t - dt], dtype=torch.float64)
+            if sampler == "remdm-loop":
+                alpha_t, alpha_s = member.alpha(times).split(1)
+                times = 1 - member.alpha(times)
+                # a step of the original that leaves the grid stays in the loop
+                alpha_s = alpha_t if t >= member.t_off and alpha_t == member.alpha_on else alpha_s
+                times = torch.cat([1 - alpha_t, 1 - alpha_s])
+            sigma = torch.zeros(1) if sampler == "mdlm" else member.sigma(times, alpha_t, alpha_s)
+            if sampler == "remdm-cap":
+                sigma = torch.minimum(sigma, largest_sigma(alpha_t, alpha_s))
+            sigma = sigma.clamp_max(1)
+            written = written_chance(alpha_t, alpha_s, sigma)
+        law = remdm_law(x0, z, mask_id, written, sigma)
+        golden.compare(law, f"{name}.probs")
+        drawn = draw(law, golden[f"{name}.uniforms"])
+        golden.compare(drawn, f"{name}.sample")
+        count += 1
+        if sampler == "remdm-conf":
+            golden.compare(sure_after(golden, x0, z, drawn, mask_id), f"{name}.conf_after")
+    assert count >= 30
+
+
+def sure_after(golden, x0, z, drawn, mask_id):
+    "The memory of `Coins` after a step, as the original keeps it: minus the probability, minus infinity at masks"
+    everywhere = torch.ones_like(z, dtype=torch.bool)
+    coins = Coins(torch.zeros(1), torch.zeros(1), everywhere)
+    coins.told(z != mask_id, -golden["conf"][z != mask_id])
+    asked = (z == mask_id) & (drawn != mask_id)
+    coins.told(asked, x0.gather(-1, drawn[..., None])[..., 0][asked])
+    return (-coins.sure).masked_fill(drawn == mask_id, -math.inf)
+
+
+def test_golden_remdm_samplers_flow_corrector():
+    golden, objective, log_x0, z, mask_id = remdm_case()
+    names = [n.removesuffix(".probs") for n in golden.names("") if n.startswith("dfm.")]
+    x0 = Categorical.dropping_crossing(0.95).shape(log_x0.double()).softmax(-1)
+    for name in names:
+        t = torch.tensor([float(name.removeprefix("dfm.t"))], dtype=torch.float64)
+        s = FlowCorrector().after(t, 1 / 16)
+        assert s.item() == pytest.approx(golden.info["scalars"][f"{name}.next_t"], rel=1e-5)
+        sigma = FlowCorrector().sigma(torch.cat([t, s]), 1 - t, 1 - s) if t < 1 else torch.zeros(1)
+        law = remdm_law(x0, z, mask_id, written_chance(1 - t, 1 - s, sigma), sigma)
+        golden.compare(law, f"{name}.probs")
+    assert len(names) >= 3
+
+
+def test_golden_bd3lm_sampler_nucleus():
+    golden = case("bd3lm_sampler")
+    block, mask_id = golden.config["block_size"], golden.config["mask_index"]
+    objective = MDLM(Absorbing(mask_id, golden.config["vocab_size_with_mask"]), LogLinear(0.0))
+    z, logits = golden["xt"][:, -block:], golden["raw_logits"][:, -block:]
+    names = [n.removesuffix(".probs") for n in golden.names("nucleus") if n.endswith(".probs")]
+    for name in names:
+        top_p, t = map(float, name.split(".t"))
+        choose = Categorical.dropping_crossing(top_p)
+        time = torch.tensor(t, dtype=torch.float64)
+        law = reverse_law(objective, objective.log_x0(logits, z), z, time, time - 0.1, shape=choose.shape)
+        golden.compare(law, f"nucleus{name}.probs")
+        drawn = torch.where(z == mask_id, draw(law, golden[f"nucleus{name}.uniforms"]), z)
+        golden.compare(torch.cat([golden["xt"][:, :-block], drawn], 1), f"nucleus{name}.x_next")
+    assert names
