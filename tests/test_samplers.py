@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -199,27 +200,27 @@ def remdm_case():
     return golden, objective, objective.log_x0(golden["raw_logits"], golden["xt"]), golden["xt"], mask_id
 
 
-def full_time(text, dt):
-    "The time in a tensor's name; names round the last time of the grid"
-    t = torch.tensor(float(text), dtype=torch.float32).double().item()
-    return 1 - 15 * dt if abs(t - (1 - 15 * dt)) < 1e-6 else t
+def told(golden, name, what):
+    "A number that the case tells in the meaning of a tensor, as the original's float32"
+    found = re.search(rf"\b{what}[= ]([0-9.]+[0-9])", golden.info["tensors"][name]["meaning"])
+    return torch.tensor(float(found[1]), dtype=torch.float32).double().item()
 
 
 def remdm_names(golden):
     "Sampler, eta, nucleus and time of each recorded step"
     for name in golden.names(""):
         if name.endswith(".probs") and not name.startswith("dfm"):
-            stem, time = name.removesuffix(".probs").rsplit(".t", 1)
+            stem, _ = name.split(".t")
             head, *rest = stem.split(".eta")
             eta, *top_p = rest[0].split(".nucleus") if rest else [0.0]
-            yield f"{stem}.t{time}", head, float(eta), float(top_p[0]) if top_p else 1.0, time
+            time = told(golden, name, "t")
+            yield name.removesuffix(".probs"), head, float(eta), float(top_p[0]) if top_p else 1.0, time
 
 
 def test_golden_remdm_samplers_steps():
     golden, objective, log_x0, z, mask_id = remdm_case()
     dt, count = golden.config["dt"], 0
-    for name, sampler, eta, top_p, time in remdm_names(golden):
-        t = full_time(time, dt)
+    for name, sampler, eta, top_p, t in remdm_names(golden):
         alpha_t, alpha_s = (torch.tensor([1 - u], dtype=torch.float64) for u in (t, t - dt))
         x0 = Categorical.dropping_crossing(top_p).shape(log_x0.double()).softmax(-1)
         if sampler == "remdm-conf":
@@ -261,10 +262,11 @@ def sure_after(golden, x0, z, drawn, mask_id):
 def test_golden_remdm_samplers_flow_corrector():
     golden, objective, log_x0, z, mask_id = remdm_case()
     names = [n.removesuffix(".probs") for n in golden.names("") if n.startswith("dfm.")]
-    x0 = Categorical.dropping_crossing(0.95).shape(log_x0.double()).softmax(-1)
     for name in names:
+        top_p, steps = (told(golden, f"{name}.probs", what) for what in ("nucleus", "steps"))
+        x0 = Categorical.dropping_crossing(top_p).shape(log_x0.double()).softmax(-1)
         t = torch.tensor([float(name.removeprefix("dfm.t"))], dtype=torch.float64)
-        s = FlowCorrector().after(t, 1 / 16)
+        s = FlowCorrector().after(t, 1 / steps)
         assert s.item() == pytest.approx(golden.info["scalars"][f"{name}.next_t"], rel=1e-5)
         sigma = FlowCorrector().sigma(torch.cat([t, s]), 1 - t, 1 - s) if t < 1 else torch.zeros(1)
         law = remdm_law(x0, z, mask_id, written_chance(1 - t, 1 - s, sigma), sigma)
@@ -282,8 +284,149 @@ def test_golden_bd3lm_sampler_nucleus():
         top_p, t = map(float, name.split(".t"))
         choose = Categorical.dropping_crossing(top_p)
         time = torch.tensor(t, dtype=torch.float64)
-        law = reverse_law(objective, objective.log_x0(logits, z), z, time, time - 0.1, shape=choose.shape)
+        s = time - told(golden, f"nucleus{name}.probs", "dt")
+        law = reverse_law(objective, objective.log_x0(logits, z), z, time, s, shape=choose.shape)
         golden.compare(law, f"nucleus{name}.probs")
         drawn = torch.where(z == mask_id, draw(law, golden[f"nucleus{name}.uniforms"]), z)
         golden.compare(torch.cat([golden["xt"][:, :-block], drawn], 1), f"nucleus{name}.x_next")
     assert names
+
+
+# Laws of whole walks, against the product of all transition matrices
+
+
+class Guess:
+    "A guess at each position that depends on the other positions and, if asked, on the noise level"
+
+    def __init__(self, vocab_size, length, seed=0, timed=False):
+        g = torch.Generator().manual_seed(seed)
+        self.vocab_size, self.timed, self.told, self.asked = vocab_size, timed, [], []
+        self.table = torch.randn(*[vocab_size] * length, length, vocab_size, generator=g)
+        self.head = lambda h: h
+
+    def hidden(self, ids, sigma=None, positions=None):
+        self.told.append(sigma)
+        self.asked.append((len(ids), 0 if positions is None else int(positions.sum())))
+        logits = self.table[tuple(ids.T)]
+        logits = logits * (1 + sigma[:, None, None]) if self.timed else logits
+        return logits if positions is None else logits[positions]
+
+
+def all_texts(vocab_size, length):
+    return torch.tensor(list(itertools.product(range(vocab_size), repeat=length)))
+
+
+def joint(rows, z):
+    "Transition matrix between all texts from the laws of their positions, [S, L, V]"
+    return torch.stack([rows[:, place][:, z[:, place]] for place in range(z.shape[1])]).prod(0)
+
+
+def start_law(objective, z, canvas):
+    "Law of the first state: the prior where the canvas is blank"
+    prior = objective.corruption.prior_probs(torch.zeros(1, dtype=torch.float64))
+    ids, editable = canvas.ids[0], canvas.editable[0]
+    return torch.where(editable, prior[z], (z == ids).double()).prod(1)
+
+
+def exact_law(guess, objective, canvas, times, kappas=None, choose=None, final=None):
+    "Law over all texts after a walk over `times` and the last denoising, for any corruption"
+    z = all_texts(guess.vocab_size, canvas.ids.shape[1])
+    law, editable = start_law(objective, z, canvas), canvas.editable[0]
+    kappas = [1.0] * len(times) if kappas is None else kappas.tolist()
+    for i, (t, s) in enumerate(itertools.pairwise([*times, 0 * times[0]])):
+        last_one = i == len(times) - 1
+        shape = final if last_one else choose
+        sigma = objective.schedule.sigma(t).float().expand(len(z))
+        rows = objective.step_law(guess.hidden(z, sigma), z, t, s, 1.0 if last_one else kappas[i], shape)
+        fixed = torch.nn.functional.one_hot(z, guess.vocab_size).double()
+        law = law @ joint(torch.where(editable[:, None], rows, fixed), z)
+    assert law.sum().item() == pytest.approx(1)
+    return law
+
+
+def counts(ids, vocab_size):
+    places = vocab_size ** torch.arange(ids.shape[1] - 1, -1, -1)
+    return (ids * places).sum(1).bincount(minlength=vocab_size ** ids.shape[1])
+
+
+def passes(seen, law):
+    "Whether counts come from a law, by a chi-squared test that an exact sampler passes 9,999 times in 10,000"
+    possible, n = law > 1e-9, seen.sum()
+    assert seen[~possible].sum() == 0, "an impossible outcome was drawn"
+    want = n * law[possible] / law.sum()
+    if len(want) == 1:
+        return True
+    return (((seen[possible] - want) ** 2 / want).sum() < chi2.ppf(0.9999, int(possible.sum()) - 1)).item()
+
+
+DRAWS = 30_000
+MASKED, UNIFORM = Absorbing(2, 3), Uniform(3)
+REMASKINGS = [
+    Constant(0.0),
+    Constant(0.6),
+    Cap(0.3),
+    Rescale(0.5),
+    RescaleTwice(0.5),
+    ForwardBackward(),
+    Loop(eta=0.4, alpha_on=0.6),
+    FlowCorrector(2.0),
+    Phases(Constant(0.3), Cap(0.4), Constant(1.0), still=AtTime(0.4)),
+]
+
+
+def law_of(sampler, objective, canvas, guess):
+    times = sampler.kappa.times(sampler.steps, sampler.eps, objective.schedule)
+    low = -math.inf if objective.positions_first else 0.0
+    return exact_law(guess, objective, canvas, times, sampler.kappa.kappas(times, objective.schedule).clamp_min(low))
+
+
+@pytest.mark.parametrize("kappa", REMASKINGS, ids=str)
+@pytest.mark.parametrize("corruption", [MASKED, UNIFORM], ids=lambda c: type(c).__name__)
+def test_law_of_psi(kappa, corruption):
+    objective = (MDLM if corruption is MASKED else UDLM)(corruption)
+    guess, sampler = Guess(3, 2, seed=3, timed=True), Psi(4, kappa=kappa)
+    canvas = blank(DRAWS if corruption is MASKED else DRAWS // 2, 2)
+    ids = last(sampler.states(guess, objective, canvas, torch.Generator().manual_seed(1))).ids
+    law = law_of(sampler, objective, canvas, guess)
+    assert passes(counts(ids, 3), law)
+    if kappa.kappas(torch.tensor([0.6, 0.4]).double(), objective.schedule)[0] < 0.9:
+        ancestral = exact_law(guess, objective, canvas, grid(4))
+        assert not passes(counts(ids, 3), ancestral) or (law - ancestral).abs().max() < 0.01
+
+
+def test_law_of_psi_where_the_guess_may_be_the_mask():
+    objective = D3PM(MASKED, steps=10)
+    guess, sampler = Guess(3, 2, seed=4, timed=True), Psi(3, kappa=Constant(0.4))
+    canvas = blank(DRAWS, 2)
+    ids = last(sampler.states(guess, objective, canvas, torch.Generator().manual_seed(1))).ids
+    assert passes(counts(ids, 3), law_of(sampler, objective, canvas, guess))
+
+
+@pytest.mark.parametrize("corruption", [MASKED, UNIFORM], ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize("choose", [Categorical(0.5, 0.8), Greedy()], ids=str)
+def test_law_of_psi_with_a_sharper_choice_and_given_tokens(corruption, choose):
+    objective = (MDLM if corruption is MASKED else UDLM)(corruption)
+    guess, sampler = Guess(3, 3, seed=5), Psi(3, choose, Greedy(), kappa=Cap(0.5))
+    canvas = prompted([[1]] * (DRAWS // 2), 3)
+    ids = last(sampler.states(guess, objective, canvas, torch.Generator().manual_seed(2))).ids
+    times = grid(3)
+    kappas = sampler.kappa.kappas(times, objective.schedule).clamp_min(-math.inf if corruption is MASKED else 0.0)
+    law = exact_law(guess, objective, canvas, times, kappas, choose.shape, Greedy().shape)
+    assert (ids[:, 0] == 1).all() and passes(counts(ids, 3), law)
+
+
+@pytest.mark.parametrize("schedule", [LogLinear(), Cosine()], ids=str)
+@pytest.mark.parametrize("corruption", [MASKED, UNIFORM], ids=lambda c: type(c).__name__)
+def test_psi_without_taking_back_is_ancestral(corruption, schedule):
+    objective = (MDLM if corruption is MASKED else UDLM)(corruption, schedule)
+    guess, canvas = Guess(3, 2, seed=6, timed=True), blank(DRAWS // 2, 2)
+    law = exact_law(guess, objective, canvas, grid(3))
+    for sampler in (Ancestral(3), Psi(3), Stepwise(3)):
+        assert passes(
+            counts(last(sampler.states(guess, objective, canvas, torch.Generator().manual_seed(3))).ids, 3), law
+        )
+    if corruption is UNIFORM:
+        same = [
+            last(s(3).states(guess, objective, canvas, torch.Generator().manual_seed(3))).ids for s in (Ancestral, Psi)
+        ]
+        assert torch.equal(*same)

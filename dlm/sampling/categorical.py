@@ -75,7 +75,7 @@ class Categorical:
         "One id for each row of `log_probs`, [N, V] to [N]"
         return self.draw(self.shape(log_probs), generator)
 
-# %% ../../nbs/sampling/01_categorical.ipynb #eb8b8b51
+# %% ../../nbs/sampling/01_categorical.ipynb #ff7d6083
 @dataclass(frozen=True)
 class Greedy:
     "The most likely token"
@@ -86,8 +86,8 @@ class Greedy:
         return torch.full_like(log_probs, -math.inf).scatter(-1, best, 0.0)
 
     def draw(self, log_probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        "The most likely id of each row, [N, V] to [N]"
-        return log_probs.argmax(-1)
+        "One id for each row of a law that follows from the guess, drawn exactly, [N, V] to [N]"
+        return Categorical().draw(log_probs, generator)
 
     def __call__(self, log_probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
         "One id for each row of `log_probs`, [N, V] to [N]"
