@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# %% ../../nbs/models/05_conditioning.ipynb #960ba780
+# %% ../../nbs/models/05_conditioning.ipynb #4bcd7947
 def check_label(
     network,  # a denoiser with a `config`
     label: Tensor | int,  # class of each text, [B], or of all
@@ -68,7 +68,7 @@ def drop_labels(
     label = torch.as_tensor(network.label, device=device).expand(count)
     return Conditioned(network.network, label.masked_fill(dropped, network.config.num_classes))
 
-# %% ../../nbs/models/05_conditioning.ipynb #702f6204
+# %% ../../nbs/models/05_conditioning.ipynb #40399206
 @dataclass(frozen=True)
 class ClassDropout:
     "An objective for networks with classes, trained to do without the label as well; all else is the objective's"
@@ -82,7 +82,7 @@ class ClassDropout:
 
     def in_training(self, step: int, teacher=None) -> "Dropping":
         "The objective of optimiser step `step`, which drops labels"
-        return Dropping(self.objective.in_training(step, teacher), self.share)
+        return Dropping(self.objective, self.share, step, teacher)
 
     def __call__(self, network, ids: Tensor, valid=None, generator=None, t=None):
         "The bound of the objective, with the labels as they are"
@@ -96,11 +96,18 @@ class ClassDropout:
 
 @dataclass(frozen=True)
 class Dropping(ClassDropout):
-    "What `ClassDropout` trains on"
+    "What `ClassDropout` trains on; a teacher is asked for the same classes as the network it teaches"
+
+    step: int = 0  # optimiser steps made
+    teacher: Any = None  # what the network learns from, if the objective has one
 
     def __call__(self, network, ids: Tensor, valid=None, generator=None, t=None):
         "The objective's loss with some labels dropped; raises a ValueError where there are no labels"
         if not isinstance(network, Conditioned):
             raise ValueError("ClassDropout without labels: give the rows of the data a `label`")
         network = drop_labels(network, len(ids), self.share, generator, ids.device)
-        return self.objective(network, ids, valid, generator=generator, t=t)
+        teacher = self.teacher
+        if isinstance(teacher, Conditioned):
+            teacher = Conditioned(teacher.network, network.label)
+        objective = self.objective.in_training(self.step, teacher)
+        return objective(network, ids, valid, generator=generator, t=t)
