@@ -141,7 +141,7 @@ class ConsistencyDistillation(UDLM):
         "The loss of optimiser step `step`; raises a ValueError when called without a teacher"
         return Consistency(self, self.growth.stride(step, self.refresh_every), teacher)
 
-# %% ../../nbs/diffusion/10_consistency.ipynb #fdba09fa
+# %% ../../nbs/diffusion/10_consistency.ipynb #2815a3a5
 @dataclass(frozen=True)
 class Consistency:
     "Divergence of the answers at two times of one trajectory (DUO, algorithm 1)"
@@ -149,6 +149,13 @@ class Consistency:
     method: ConsistencyDistillation  # corruption, path and direction
     stride: float  # distance of the two times
     teacher: Any  # the frozen copy, in evaluation mode
+
+    def __post_init__(self):
+        "Raises a ValueError without a teacher"
+        if self.teacher is None:
+            raise ValueError(
+                "distillation without a teacher: train with DiffusionTrainer, or give in_training a network"
+            )
 
     def times(self, n: int, generator: torch.Generator | None = None, device=None) -> Tensor:
         "Times before they are shifted, [n]"
@@ -181,7 +188,7 @@ class Consistency:
         "Draw a trajectory, ask student and teacher, compare; see `consistency_loss`"
         return consistency_loss(self, network, ids, valid, generator, t)
 
-# %% ../../nbs/diffusion/10_consistency.ipynb #17d73761
+# %% ../../nbs/diffusion/10_consistency.ipynb #5d48130c
 def consistency_loss(
     objective: Consistency,  # the loss of one optimiser step
     network,  # the student: `hidden` and `head`
@@ -190,9 +197,7 @@ def consistency_loss(
     generator: torch.Generator | None = None,  # source of times and noise
     t: Tensor | None = None,  # times, [B]; None: drawn
 ) -> Loss:  # nats per token
-    "What the student's answers differ by from the teacher's; raises a ValueError without a teacher"
-    if objective.teacher is None:
-        raise ValueError("distillation without a teacher: train with DiffusionTrainer, or give in_training a network")
+    "By how much the student's answers differ from the teacher's"
     valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid.bool()
     t = objective.times(len(ids), generator, ids.device) if t is None else t.to(ids.device)
     (t, s), path, teacher = objective.pair(t), objective.method.path, objective.teacher
