@@ -1,6 +1,5 @@
 "The family of samplers: recorded steps of the originals, exact laws by enumeration, identities, given tokens."
 
-import dataclasses
 import itertools
 import math
 import re
@@ -30,24 +29,22 @@ from dlm.sampling.orders import (
     TopProbability,
     surest,
 )
-from dlm.sampling.psi import (
+from dlm.sampling.psi import ByConfidence, Coins, Psi, Waits, doubt
+from dlm.sampling.remasking import (
     AtAlpha,
     AtTime,
-    ByConfidence,
     Cap,
-    Coins,
     Constant,
     FlowCorrector,
     ForwardBackward,
     Loop,
     Phases,
-    Psi,
     Rescale,
     RescaleTwice,
-    doubt,
     largest_sigma,
     written_chance,
 )
+from dlm.sampling.scores import Analytic, Euler
 
 # Steps as the originals took them
 
@@ -268,7 +265,7 @@ def test_golden_remdm_samplers_flow_corrector():
         t = torch.tensor([float(name.removeprefix("dfm.t"))], dtype=torch.float64)
         s = FlowCorrector().after(t, 1 / steps)
         assert s.item() == pytest.approx(golden.info["scalars"][f"{name}.next_t"], rel=1e-5)
-        sigma = FlowCorrector().sigma(torch.cat([t, s]), 1 - t, 1 - s) if t < 1 else torch.zeros(1)
+        sigma = FlowCorrector().sigma(torch.cat([t, s]), 1 - t, 1 - s)
         law = remdm_law(x0, z, mask_id, written_chance(1 - t, 1 - s, sigma), sigma)
         golden.compare(law, f"{name}.probs")
     assert len(names) >= 3
@@ -430,3 +427,310 @@ def test_psi_without_taking_back_is_ancestral(corruption, schedule):
             last(s(3).states(guess, objective, canvas, torch.Generator().manual_seed(3))).ids for s in (Ancestral, Psi)
         ]
         assert torch.equal(*same)
+
+
+# Remasking
+
+
+def test_numbers_of_the_specification():
+    alpha_t, alpha_s = torch.tensor([0.4], dtype=torch.float64), torch.tensor([0.5], dtype=torch.float64)
+    schedule, times = LogLinear(0.0), torch.tensor([0.6, 0.5], dtype=torch.float64)
+    sigma = Cap(0.05).sigma(times, alpha_t, alpha_s)
+    assert written_chance(alpha_t, alpha_s, sigma).item() == pytest.approx(0.2)
+    assert Cap(0.05).kappas(times, schedule).tolist() == pytest.approx([0.9, 1.0])
+
+
+@pytest.mark.parametrize("member", [Cap(0.05), Cap(0.9), Rescale(0.3), ForwardBackward(), FlowCorrector()], ids=str)
+def test_remasking_is_psi_with_its_kappa(member):
+    mdlm, times = MDLM(MASKED, LogLinear(0.0)), grid(12)
+    log_x0 = torch.tensor([[0.3, 0.7, 0.0], [0.0, 1.0, 0.0]]).double().log()
+    z = torch.tensor([2, 1])
+    for i, kappa in enumerate(member.kappas(times, mdlm.schedule)[:-1].tolist()):
+        alpha_t, alpha_s = mdlm.schedule.alpha(times[i : i + 2]).split(1)
+        sigma = member.sigma(times[i : i + 2], alpha_t, alpha_s).minimum(largest_sigma(alpha_t, alpha_s))
+        law = reverse_law(mdlm, log_x0, z, times[i], times[i + 1], kappa)
+        want = remdm_law(log_x0.exp()[None], z[None], 2, written_chance(alpha_t, alpha_s, sigma), sigma)[0]
+        torch.testing.assert_close(law, want, rtol=1e-9, atol=1e-12)
+        assert law.min() >= -1e-12
+
+
+@pytest.mark.parametrize("member", REMASKINGS, ids=str)
+@pytest.mark.parametrize("schedule", [LogLinear(), LogLinear(0.0), Cosine()], ids=str)
+def test_marginals_are_kept(member, schedule):
+    "Forwards to t, one step back to s by the true guess: the law of forwards to s"
+    times = member.times(6, 1e-5, schedule)
+    assert times[0] == 1 and (times.diff() <= 0).all() and schedule.noise(times[-1]) < 1e-4
+    for objective in (MDLM(MASKED, schedule), UDLM(UNIFORM, schedule)):
+        kappas = member.kappas(times, schedule).clamp_min(0 if objective.corruption is UNIFORM else -math.inf)
+        truth = torch.tensor([[0.0, 1.0, 0.0]]).double()
+        for i in range(len(times) - 1):
+            alpha_t, alpha_s = schedule.alpha(times[i]), schedule.alpha(times[i + 1])
+            z, prior = torch.arange(3), objective.corruption.prior_probs(truth)
+            noisy = alpha_t * truth[0] + (1 - alpha_t) * prior
+            law = reverse_law(objective, truth.log().expand(3, 3), z, times[i], times[i + 1], kappas[i].item())
+            want = alpha_s * truth[0] + (1 - alpha_s) * prior
+            torch.testing.assert_close(noisy @ law, want, rtol=0, atol=1e-9)
+
+
+def test_waits_have_the_law_of_coins():
+    "Flips drawn by waiting against one coin for each position at each step, chances of 0 and 1 among them"
+    written = torch.tensor([0.0, 0.3, 1.0, 0.5, 0.2, 0.9], dtype=torch.float64)
+    sigma = torch.tensor([1.0, 0.5, 0.2, 0.0, 1.0, 0.1], dtype=torch.float64)
+    waits = Waits(written, sigma, torch.ones(1, DRAWS, dtype=torch.bool), torch.Generator().manual_seed(0))
+    masked, codes = torch.ones(1, DRAWS, dtype=torch.bool), torch.zeros(1, DRAWS, dtype=torch.long)
+    while (found := waits.next(masked))[0] < len(written):
+        step, now = found
+        masked, codes = masked ^ now, codes + now * 2**step
+    law = torch.zeros(64, dtype=torch.float64)
+    for flipped in itertools.product([False, True], repeat=6):
+        hidden, chance = True, 1.0
+        for step, f in enumerate(flipped):
+            p = (written if hidden else sigma)[step].item()
+            chance *= p if f else 1 - p
+            hidden ^= f
+        law[sum(f << i for i, f in enumerate(flipped))] += chance
+    assert passes(codes[0].bincount(minlength=64), law)
+
+
+def test_remasking_by_confidence_takes_what_was_unsure():
+    written, sigma = torch.tensor([0.0, 0.4]), torch.tensor([0.0, 0.8])
+    editable = torch.tensor([[True, True, True, False, True]]).expand(DRAWS, 5)
+    masked = torch.tensor([[False, False, False, False, True]]).expand(DRAWS, 5)
+    coins = Coins(written, sigma, editable, torch.Generator().manual_seed(0))
+    coins.told(editable & ~masked, torch.tensor([0.9, 0.1, 0.5]).repeat(DRAWS))
+    step, now = coins.next(masked)
+    chances = torch.tensor([*(0.8 * torch.tensor([-0.9, -0.1, -0.5]).softmax(0)), 0.0, 0.4]).double()
+    seen = now.double().mean(0)
+    assert step == 1 and ((seen - chances).abs() < 4 * (chances * (1 - chances) / DRAWS).sqrt() + 1e-9).all()
+    assert chances[1] > chances[2] > chances[0]
+
+
+def test_remasking_by_confidence_in_a_walk():
+    "With a guess that is everywhere the same the doubt is shared evenly: a walk whose law is known"
+
+    class Fixed(Guess):
+        def hidden(self, ids, sigma=None, positions=None):
+            return torch.zeros(int(positions.sum()), 3)
+
+    sampler, objective = Psi(5, kappa=ByConfidence()), MDLM(MASKED)
+    states = list(sampler.states(Fixed(3, 4), objective, blank(DRAWS, 4), torch.Generator().manual_seed(0)))
+    assert passes(counts(states[-1].ids, 3), (all_texts(3, 4) < 2).all(1).double())
+    back = sum(int((b.ids[a.changed] != 2).sum()) for b, a in itertools.pairwise(states))
+    assert back > DRAWS  # tokens were taken back, more than one in a text
+    with pytest.raises(ValueError, match="takes back masks one by one"):
+        sampler.states(Fixed(3, 4), UDLM(UNIFORM), blank(1, 4))
+
+
+# Orders
+
+
+def ordered_law(guess, length, order_chance):
+    "Law of writing one token at a time, `order_chance` giving the chance of each position next"
+    vocab_size = guess.vocab_size
+    law = torch.zeros(vocab_size**length, dtype=torch.float64)
+
+    def go(z, chance):
+        left = [i for i in range(length) if z[i] == 2]
+        if not left:
+            law[sum(a * vocab_size ** (length - 1 - i) for i, a in enumerate(z))] += chance
+            return
+        probs = guess.table[tuple(z)].clone()
+        probs[:, 2] = -math.inf
+        probs = probs.double().softmax(-1)
+        for (place, token), share in order_chance(probs, left).items():
+            go([token if i == place else a for i, a in enumerate(z)], chance * share)
+
+    go([2] * length, 1.0)
+    return law
+
+
+def any_order(probs, left):
+    return {(i, a): probs[i, a].item() / len(left) for i in left for a in range(2)}
+
+
+def surest_order(probs, left):
+    "All left are drawn, the one with the most probable draw is kept"
+    found = {}
+    for tokens in itertools.product(range(2), repeat=len(left)):
+        drawn = dict(zip(left, tokens, strict=True))
+        best = max(left, key=lambda i: probs[i, drawn[i]].item())
+        chance = math.prod(probs[i, a].item() for i, a in drawn.items())
+        found[best, drawn[best]] = found.get((best, drawn[best]), 0.0) + chance
+    return found
+
+
+@pytest.mark.parametrize(
+    "sampler, order",
+    [
+        (FirstHitting(), any_order),
+        (Confidence(3, score=RandomOrder()), any_order),
+        (Confidence(3), surest_order),
+    ],
+    ids=str,
+)
+def test_law_of_one_token_at_a_time(sampler, order):
+    guess = Guess(3, 3, seed=8)
+    ids = last(sampler.states(guess, MDLM(MASKED), blank(DRAWS, 3), torch.Generator().manual_seed(4))).ids
+    law = ordered_law(guess, 3, order)
+    assert law.sum().item() == pytest.approx(1) and passes(counts(ids, 3), law)
+    other = ordered_law(guess, 3, surest_order if order is any_order else any_order)
+    assert not passes(counts(ids, 3), other)
+
+
+@pytest.mark.parametrize("schedule", [LogLinear(), Cosine(), CosineBD3(), Geometric(1e-3, 8.0)], ids=str)
+def test_first_hitting_is_ancestral_sampling_in_infinitely_many_steps(schedule):
+    guess, objective, canvas = Guess(3, 2, seed=9, timed=True), MDLM(MASKED, schedule), blank(DRAWS, 2)
+    ids = last(FirstHitting().states(guess, objective, canvas, torch.Generator().manual_seed(5))).ids
+    assert passes(counts(ids, 3), exact_law(guess, objective, canvas, grid(600)))
+    assert all(sigma.shape == (len(canvas),) for sigma in guess.told[:2])
+    assert len(guess.told[0].unique()) > DRAWS / 2  # each text has its own clock
+
+
+@pytest.mark.parametrize("sampler", [FirstHitting(), Ancestral(7), Ancestral(1000), Psi(1000)], ids=str)
+def test_no_more_evaluations_than_tokens(sampler):
+    guess, canvas = Guess(3, 4), infill(torch.tensor([[2, 0, 2, 2], [2, 2, 2, 2], [0, 1, 0, 2], [1, 1, 0, 0]]), hole=2)
+    state = last(sampler.states(guess, MDLM(MASKED), canvas, torch.Generator().manual_seed(0)))
+    tokens = canvas.editable.sum(1)
+    assert (state.nfe <= tokens).all() and state.nfe[-1] == 0
+    if isinstance(sampler, FirstHitting):
+        assert torch.equal(state.nfe, tokens)
+    assert sum(n for _, n in guess.asked) == tokens.sum() and sum(b for b, _ in guess.asked) == state.nfe.sum()
+
+
+def test_network_is_asked_only_about_what_is_written():
+    guess, sampler = Guess(3, 4), Psi(40, kappa=Cap(0.2))
+    states = list(sampler.states(guess, MDLM(MASKED), blank(6, 4), torch.Generator().manual_seed(0)))
+    pairs = list(itertools.pairwise(states))
+    written = sum(int(((b.ids == 2) & (a.ids != 2)).sum()) for b, a in pairs)
+    back = sum(int(((b.ids != 2) & (a.ids == 2)).sum()) for b, a in pairs)
+    assert sum(n for _, n in guess.asked) == written == back + 24 and back > 10
+    assert sum(b for b, _ in guess.asked) == states[-1].nfe.sum()
+
+
+def test_scores():
+    log_probs = torch.tensor([[0.5, 0.4, 0.1], [0.45, 0.275, 0.275]]).log()
+    drawn = torch.tensor([1, 0])
+    assert TopProbability()(log_probs, drawn).tolist() == pytest.approx([0.4, 0.45])
+    assert TopProbability(Categorical(0.5))(log_probs, drawn)[0].item() == pytest.approx(0.16 / 0.42)
+    assert Margin()(log_probs, drawn).tolist() == pytest.approx([0.1, 0.175])
+    entropy = [sum(p * math.log(p) for p in row) for row in log_probs.exp().tolist()]
+    assert Entropy()(log_probs, drawn).tolist() == pytest.approx(entropy, rel=1e-5)
+    sure = torch.tensor([[0.1, 0.9, -math.inf, 0.5], [0.3, 0.3, 0.1, 0.2]])
+    assert surest(sure, torch.tensor([2, 1])).tolist() == [[False, True, False, True], [True, False, False, False]]
+
+
+@pytest.mark.parametrize("tokens, steps", [(10, 4), (3, 5), (8, 8), (7, 1)])
+def test_quotas_as_published(tokens, steps):
+    "LLaDA: the remainder goes to the first steps; Dream: int(masked * (1 - s/t)), all in the last step"
+    base, rest = divmod(tokens, steps)
+    times = torch.linspace(1, 1e-3, steps + 1, dtype=torch.float64).tolist()
+    even = dream = tokens
+    for i in range(steps):
+        found = Evenly()(torch.tensor([even]), steps - i, LogLinear(0.0), steps).item()
+        assert found == base + (i < rest)
+        even -= found
+        found = AlongSchedule()(torch.tensor([dream]), steps - i, LogLinear(0.0), steps).item()
+        assert found == (dream if i == steps - 1 else int(dream * (1 - times[i + 1] / times[i])))
+        dream -= found
+    assert even == dream == 0
+
+
+@pytest.mark.parametrize("score", [TopProbability(), Margin(), Entropy(), RandomOrder()], ids=str)
+@pytest.mark.parametrize("quota", [Evenly(), AlongSchedule()], ids=str)
+def test_confidence_writes_everything_in_its_steps(score, quota):
+    canvas = infill(torch.tensor([[2, 0, 2, 2], [2, 2, 2, 2], [1, 1, 0, 0]]), hole=2)
+    sampler = Confidence(3, score=score, quota=quota)
+    states = list(sampler.states(Guess(3, 4), MDLM(MASKED), canvas, torch.Generator().manual_seed(0)))
+    assert (states[-1].ids < 2).all() and (states[-1].nfe <= 3).all() and states[-1].nfe[2] == 0
+    assert states[-1].time == 0
+    for before, after in itertools.pairwise(states):
+        assert torch.equal(before.ids == 2, (after.ids == 2) | after.changed)
+
+
+# What holds for all
+
+
+FAMILY = [
+    Ancestral(5),
+    Ancestral(5, Categorical(0.7, 0.8), Greedy()),
+    Stepwise(5),
+    Analytic(5),
+    Euler(5),
+    *[Psi(5, kappa=kappa) for kappa in (*REMASKINGS, Constant(1.0))],
+    Psi(5, kappa=ByConfidence()),
+    FirstHitting(),
+    Confidence(3),
+    Confidence(3, Greedy(), Entropy(Categorical(0.5)), AlongSchedule()),
+]
+MASKS_ONLY = (FirstHitting, Confidence)
+
+
+def members():
+    for sampler in FAMILY:
+        yield sampler, MDLM(MASKED)
+        masks_only = isinstance(sampler, MASKS_ONLY) or isinstance(getattr(sampler, "kappa", None), ByConfidence)
+        if not masks_only:
+            yield sampler, UDLM(UNIFORM)
+
+
+@pytest.mark.parametrize("sampler, objective", list(members()), ids=lambda x: f"{type(x).__name__}")
+def test_given_tokens_stay_and_seeds_repeat(sampler, objective):
+    guess, g = Guess(3, 5, seed=1), torch.Generator
+    texts = torch.tensor([[0, 1, 1, 0, 1], [1, 0, 0, 1, 0], [2, 2, 2, 2, 2]]) % (2 if objective.positions_first else 3)
+    editable = torch.tensor([[0, 1, 1, 0, 1], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]]).bool().repeat(8, 1)
+    canvas = infill(torch.where(editable, 9, texts.repeat(8, 1)), hole=9)
+    found = [list(sampler.states(guess, objective, canvas, g().manual_seed(s))) for s in (1, 1, 2)]
+    for states in found:
+        assert all(torch.equal(state.ids[~editable], canvas.ids[~editable]) for state in states)
+        assert not any((state.changed & ~editable).any() for state in states)
+        for before, after in itertools.pairwise(states):
+            assert after.changed.any() and torch.equal(before.ids[~after.changed], after.ids[~after.changed])
+            assert before.time >= after.time and (after.nfe >= before.nfe).all()
+        assert states[-1].time == 0 or not isinstance(sampler, MASKS_ONLY)
+        assert (states[-1].ids < (2 if objective.positions_first else 3)).all() and states[-1].nfe[2] == 0
+    first, again, other = (states[-1].ids for states in found)
+    assert torch.equal(first, again)
+    if sampler.choose == Categorical():
+        assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("sampler", FAMILY, ids=str)
+def test_samplers_can_be_written_down(sampler):
+    assert build(describe(sampler)) == sampler
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Constant(1.5), "kappa 1.5 must lie between 0 and 1"),
+        (lambda: Cap(-0.1), "eta -0.1 must lie"),
+        (lambda: Loop(t_on=0.05, t_off=0.5), "must go down"),
+        (lambda: Phases(high_share=0.7, middle_share=0.6), "middle_share 0.6 must lie"),
+        (lambda: AtTime(2.0), "AtTime 2.0 must lie"),
+        (lambda: Confidence(0), "at least one"),
+        (lambda: FirstHitting().states(None, UDLM(UNIFORM), blank(1, 2)), "UDLM on Uniform moves all at once"),
+        (lambda: Confidence().states(None, UDLM(UNIFORM), blank(1, 2)), "Confidence writes masked tokens one by one"),
+        (lambda: Psi(0).states(None, UDLM(UNIFORM), blank(1, 2)), "at least one"),
+        (lambda: Psi(kappa=ByConfidence()).states(None, UDLM(UNIFORM), blank(1, 2)), "use Cap"),
+    ],
+)
+def test_bad_input_is_answered_in_one_line(make, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make()
+    assert "\n" not in str(error.value)
+
+
+def test_nucleus_conventions_differ_by_the_crossing_token():
+    log_probs = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log()
+    kept = [make(0.8).shape(log_probs) for make in (Categorical.keeping_crossing, Categorical.dropping_crossing)]
+    assert [(row > -math.inf)[0].tolist() for row in kept] == [[False, True, True, True], [False, True, False, True]]
+    assert torch.equal(kept[0], nucleus(log_probs, 0.8)) and torch.equal(kept[1], nucleus(log_probs, 0.8, False))
+    assert Categorical.dropping_crossing(0.1).shape(log_probs).argmax().item() == 1
+
+
+def test_greedy_guess_moves_a_walk_over_all_positions():
+    "The guess is sharpened, the step is drawn: a greedy walk has the law of its transition matrices"
+    guess, objective, canvas = Guess(3, 2, seed=2), UDLM(UNIFORM), blank(DRAWS, 2)
+    ids = last(Ancestral(3, Greedy(), Greedy()).states(guess, objective, canvas, torch.Generator().manual_seed(0))).ids
+    law = exact_law(guess, objective, canvas, grid(3), choose=Greedy().shape, final=Greedy().shape)
+    assert passes(counts(ids, 3), law)

@@ -148,7 +148,7 @@ class Loop(Cap):
         "Chance of remasking in each step, [N]"
         return torch.where(times[:-1] == times[1:], self.eta, 0.0).to(alpha_t)
 
-# %% ../../nbs/sampling/07_remasking.ipynb #105355e6
+# %% ../../nbs/sampling/07_remasking.ipynb #6966a267
 @dataclass(frozen=True)
 class FlowCorrector(Remasking):
     "The corrector of discrete flow matching, with steps as short as its rates ask for (Gat et al., 2024; ReMDM, code)"
@@ -174,7 +174,7 @@ class FlowCorrector(Remasking):
 
     def sigma(self, times, alpha_t, alpha_s):
         "Chance of remasking in each step, [N]"
-        return self.rate(1 - alpha_t) * (alpha_s - alpha_t) / alpha_t
+        return torch.where(alpha_t > 0, self.rate(1 - alpha_t) * (alpha_s - alpha_t) / alpha_t, 0.0)
 
 # %% ../../nbs/sampling/07_remasking.ipynb #ad4de1a8
 @dataclass(frozen=True)
