@@ -125,7 +125,7 @@ def masked_within(
     order = torch.rand(*chance.shape, block_size, generator=generator, device=chance.device)
     return (order.argsort(-1).argsort(-1) < count).flatten(1)
 
-# %% ../../nbs/diffusion/11_blocks.ipynb #8ab11fc5
+# %% ../../nbs/diffusion/11_blocks.ipynb #937a048f
 def check_blocks(
     objective,  # a `BlockDiffusion`
 ):
@@ -156,7 +156,7 @@ def check_untimed(
                 f"can not be used with it: build the network with {fault}=False"
             )
 
-# %% ../../nbs/diffusion/11_blocks.ipynb #c7e94416
+# %% ../../nbs/diffusion/11_blocks.ipynb #48ffb1ef
 @dataclass(frozen=True)
 class BlockDiffusion(MDLM):
     "Blocks from left to right, each by masked diffusion (BD3-LM, Arriola et al., 2025)"
@@ -165,6 +165,7 @@ class BlockDiffusion(MDLM):
     length: int = field(kw_only=True)  # tokens of a text; only `times` needs it
     training: Clipped | None = field(default=None, kw_only=True)  # times to train on; None: those of the bound
     first_visible: bool = field(default=False, kw_only=True)  # the first token is given: not masked, not counted
+    untimed = True  # the network must not be told the noise level
 
     def __post_init__(self):
         check_blocks(self)
