@@ -38,13 +38,13 @@ class Loss:
         "Nats per valid token"
         return self.total() / self.count()
 
-# %% ../../nbs/diffusion/04_objectives.ipynb #5d7fba1d
+# %% ../../nbs/diffusion/04_objectives.ipynb #5efd8db2
 def spread(
     t: Tensor,  # one number for each text, [B], or for each token, [B, L]
     like: Tensor,  # ids, [B, L] or [N]
 ) -> Tensor:  # the same for each token
     "Repeat the times of texts for their tokens"
-    return t.reshape(t.shape + (1,) * (like.ndim - t.ndim)).expand(like.shape)
+    return t.to(like.device).reshape(t.shape + (1,) * (like.ndim - t.ndim)).expand(like.shape)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def score_at(
         return objective.log_score(logits.double(), z, t).exp()
     return score_of(objective.corruption, shaped.log_softmax(-1), z, objective.schedule.alpha(t))
 
-# %% ../../nbs/sampling/06_scores.ipynb #16228c22
+# %% ../../nbs/sampling/06_scores.ipynb #a4c71d0b
 def tweedie(
     corruption,  # the chain
     score: Tensor,  # ratios $p_t(y)/p_t(z)$, [..., V]
@@ -41,10 +41,10 @@ def tweedie(
     dsigma: Tensor,  # noise taken away, [...] or a number
 ) -> Tensor:  # weights of the ids before; they sum to 1 for true ratios, [..., V]
     "The analytic step (SEDD, theorem 4.2)"
-    dsigma = torch.as_tensor(dsigma, dtype=score.dtype)
+    dsigma = torch.as_tensor(dsigma, dtype=score.dtype, device=z.device)
     return staggered_score(corruption, score, dsigma) * transition_into(corruption, z, dsigma)
 
-# %% ../../nbs/sampling/06_scores.ipynb #6d8d3c21
+# %% ../../nbs/sampling/06_scores.ipynb #90c0e0dd
 def euler(
     corruption,  # the chain
     score: Tensor,  # ratios $p_t(y)/p_t(z)$, [..., V]
@@ -52,10 +52,10 @@ def euler(
     dsigma: Tensor,  # speed of the noise times the length of the step, [...] or a number
 ) -> Tensor:  # weights of the ids before; they sum to 1, [..., V]
     "Euler's step (SEDD, eq. 17)"
-    dsigma = torch.as_tensor(dsigma, dtype=score.dtype)[..., None]
+    dsigma = torch.as_tensor(dsigma, dtype=score.dtype, device=z.device)[..., None]
     return F.one_hot(z, corruption.vocab_size) + dsigma * reverse_rate(corruption, score, z)
 
-# %% ../../nbs/sampling/06_scores.ipynb #af3a0d8b
+# %% ../../nbs/sampling/06_scores.ipynb #41487ec3
 @dataclass(frozen=True)
 class ByScore(Stepwise):
     "A walk by the ratios of a network; raises ValueError for a schedule that destroys everything"
@@ -84,6 +84,7 @@ class ByScore(Stepwise):
         if not now.any():
             return ids, now.any(1)
         choose, s = (self.final, 0 * t) if s is None else (self.choose, s)
+        t, s = t.to(ids.device), s.to(ids.device)
         law = self.law(objective, ask(network, objective, ids, now, t), ids[now], t, s, choose.shape)
         return ids.masked_scatter(now, choose.draw(law.log(), generator)), now.any(1)
 
