@@ -39,14 +39,14 @@ def rate_into(
     prior = corruption.prior_probs(torch.empty(0, dtype=dtype, device=z.device))
     return prior[z][..., None] - F.one_hot(z, corruption.vocab_size)
 
-# %% ../../nbs/diffusion/06_scores.ipynb #368838b4
+# %% ../../nbs/diffusion/06_scores.ipynb #d9b8b213
 def transition(
     corruption: Absorbing | Uniform,  # the chain
     z: Tensor,  # ids before, [...]
     sigma: Tensor,  # noise added, [...] or a number
 ) -> Tensor:  # law of the ids after, [..., V]
     "Rows of $e^{\\sigma Q}$"
-    moved = -torch.expm1(-torch.as_tensor(sigma))[..., None]
+    moved = -torch.expm1(-torch.as_tensor(sigma, device=z.device))[..., None]
     return F.one_hot(z, corruption.vocab_size) + moved * rate(corruption, z, moved.dtype)
 
 
@@ -56,10 +56,10 @@ def transition_into(
     sigma: Tensor,  # noise added, [...] or a number
 ) -> Tensor:  # chance to come to `z` from each id, [..., V]
     "Columns of $e^{\\sigma Q}$"
-    moved = -torch.expm1(-torch.as_tensor(sigma))[..., None]
+    moved = -torch.expm1(-torch.as_tensor(sigma, device=z.device))[..., None]
     return F.one_hot(z, corruption.vocab_size) + moved * rate_into(corruption, z, moved.dtype)
 
-# %% ../../nbs/diffusion/06_scores.ipynb #f46c0ac2
+# %% ../../nbs/diffusion/06_scores.ipynb #f0877413
 def score_of(
     corruption: Absorbing | Uniform,  # the chain
     log_x0: Tensor,  # log-probabilities of the guess, normalised, [..., V]
@@ -67,11 +67,11 @@ def score_of(
     alpha: Tensor,  # chance that a token is still clean, [...] or a number
 ) -> Tensor:  # ratios $p_t(y)/p_t(z)$, [..., V]
     "The concrete score that a guess of the clean tokens implies (SEDD, section 3; MDLM, appendix)"
-    alpha = torch.as_tensor(alpha, dtype=log_x0.dtype)[..., None]
+    alpha = torch.as_tensor(alpha, dtype=log_x0.dtype, device=z.device)[..., None]
     noisy = alpha * log_x0.exp() + (1 - alpha) * corruption.prior_probs(log_x0)
     return noisy / noisy.gather(-1, z[..., None])
 
-# %% ../../nbs/diffusion/06_scores.ipynb #c81b61b3
+# %% ../../nbs/diffusion/06_scores.ipynb #c046e6d1
 def reverse_rate(
     corruption: Absorbing | Uniform,  # the chain
     score: Tensor,  # ratios $p_t(y)/p_t(z)$, [..., V]
@@ -88,7 +88,7 @@ def staggered_score(
     dsigma: Tensor,  # noise taken away, [...] or a number
 ) -> Tensor:  # $p_s(y)/p_t(z)$ at the time s with that much less noise, [..., V]
     "The score times $e^{-\\Delta\\sigma Q}$ (SEDD, eq. 19)"
-    grow = torch.expm1(torch.as_tensor(dsigma, dtype=score.dtype))[..., None]
+    grow = torch.expm1(torch.as_tensor(dsigma, dtype=score.dtype, device=score.device))[..., None]
     return score + grow * (score - score.sum(-1, keepdim=True) * corruption.prior_probs(score))
 
 # %% ../../nbs/diffusion/06_scores.ipynb #e18677c7
@@ -174,7 +174,7 @@ def score_scale(
 def _(corruption: Absorbing, sigma):
     return -log_expm1(sigma) - math.log(corruption.vocab_size - 1)
 
-# %% ../../nbs/diffusion/06_scores.ipynb #c8e71c34
+# %% ../../nbs/diffusion/06_scores.ipynb #c802b0bb
 @dataclass(frozen=True)
 class SEDD(Diffusion):
     "Score entropy discrete diffusion (Lou et al., 2024); raises ValueError with `steps`"
@@ -189,13 +189,13 @@ class SEDD(Diffusion):
 
     def log_score(self, logits: Tensor, z: Tensor, t: Tensor) -> Tensor:
         "Log-ratios $\\log p_t(y)/p_t(z)$, 0 at `z`, [..., V]"
-        logits, sigma = at_least_float32(logits), self.schedule.sigma(spread(t, z))
+        logits, sigma = at_least_float32(logits), self.schedule.sigma(spread(t, z).to(z.device))
         scale = score_scale(self.corruption, sigma).to(logits.dtype)
         return (logits + scale[..., None]).scatter(-1, z[..., None], 0.0)
 
     def log_x0(self, logits: Tensor, z: Tensor, t: Tensor) -> Tensor:
         "Log-probabilities of the clean tokens that the score implies, [..., V]"
-        alpha = self.schedule.alpha(spread(t, z))
+        alpha = self.schedule.alpha(spread(t, z).to(z.device))
         return implied_log_x0(self.corruption, self.log_score(logits, z, t), z, alpha)
 
     def token_loss(self, logits: Tensor, x: Tensor, z: Tensor, t: Tensor) -> Tensor:
