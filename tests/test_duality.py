@@ -8,6 +8,7 @@ import pytest
 import torch
 from golden import case
 from scipy.integrate import quad
+from scipy.optimize import curve_fit
 from scipy.stats import chi2, norm
 
 from dlm.diffusion.corruption import Uniform
@@ -98,6 +99,34 @@ def test_golden_duo_operator_polynomial_fits(name):
     golden.compare(torch.tensor(fit(at)), f"fit.{name}.alpha")
     golden.compare(torch.tensor(fit.deriv()(at)), f"fit.{name}.dalpha")
     close(torch.tensor(fit.deriv()(at)), golden[f"fit.{name}.dalpha_true"], rtol=1e-4, atol=1e-4)
+
+
+def tanh_curve(t, a, b, c, d):
+    "A scaled and shifted hyperbolic tangent"
+    return a * (np.tanh(b * t + c) + 1) / 2 + d
+
+
+def edge_curve(t, a, b, c, d, e, f, h):
+    "The same, with a correction that vanishes around one point"
+    return tanh_curve(t, a, b, c, d) + h * (t - 0.5) * np.tanh(e * t + f) ** 2
+
+
+@pytest.mark.parametrize("name, curve", [("sigmoid", tanh_curve), ("sigmoid-edge-corrected", edge_curve)])
+def test_golden_duo_operator_sigmoid_fits(name, curve):
+    "The published curves are least-squares fits of ours; the slope published with them is half of theirs"
+    golden = case("duo_operator")
+    scalars, coefficients = golden.info["scalars"], golden[f"fit.{name}.coefficients"].numpy()
+    duality, t = Duality(scalars["fit_vocab_size"], -3.5, -1.75), np.linspace(0, 1, 20_000)
+    exact = duality.alpha(torch.tensor(t)).numpy()
+    fit = curve_fit(curve, t, exact, p0=coefficients)[0] if name == "sigmoid" else coefficients
+    at = golden["fit.t"].double().numpy()
+    golden.compare(torch.tensor(curve(at, *fit)), f"fit.{name}.alpha")
+    assert np.abs(curve(t, *fit) - exact).max() == pytest.approx(scalars[f"fit.{name}.max_abs_error_alpha"], rel=0.01)
+    slope = torch.tensor((curve(at + 1e-6, *fit) - curve(at - 1e-6, *fit)) / 2e-6)
+    close(slope, golden[f"fit.{name}.dalpha_true"], rtol=1e-4, atol=1e-4)
+    ours = duality.dalpha(golden["fit.t"].double())
+    bug, right = golden[f"fit.{name}.dalpha"].double(), golden[f"fit.{name}.dalpha_true"]
+    assert (ours - right).abs().mean() < (ours - bug).abs().mean() / 2
 
 
 @pytest.mark.parametrize("V", [2, 5, 50258])
