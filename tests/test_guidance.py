@@ -27,6 +27,8 @@ from dlm.models.dit import DiT, DiTConfig
 from dlm.sampling.ancestral import Ancestral, Stepwise, last
 from dlm.sampling.canvas import Canvas, blank
 from dlm.sampling.categorical import Categorical, Greedy
+from dlm.training.settings import TrainingConfig
+from dlm.training.trainer import DiffusionTrainer
 
 K, L, CLASSES = 3, 2, 2  # symbols, tokens of a text, classes
 TEXTS = torch.tensor(list(itertools.product(range(K), repeat=L)))
@@ -391,3 +393,29 @@ def test_a_classifier_is_not_shown_half_a_text():
         guided.hidden(torch.zeros(1, 2, dtype=torch.long), torch.ones(1), cache=object())
     with pytest.raises(ValueError, match="whole texts"):
         guided.hidden(torch.zeros(1, 2, dtype=torch.long))
+
+
+# Labels through the trainer
+
+
+def test_labels_pass_through_the_trainer(tmp_path):
+    "Class 0 writes 0, class 1 writes 1: the label is all that a fully masked text can be told from"
+    rows = [{"ids": torch.full((4,), c), "valid": torch.ones(4), "label": c} for c in (0, 1)] * 16
+    numbers = dict(batch_size=16, lr=3e-2, warmup_steps=0, ema_decay=0.5, precision="fp32", progress=False)
+    numbers |= dict(eval_every=1000, save_every=1000, log_every=1000)
+    mdlm, sizes = MDLM(Absorbing(2, 3)), dict(hidden_size=16, n_blocks=1, n_heads=2, cond_dim=8, length=4, dropout=0.0)
+    torch.manual_seed(0)
+    network, classifier = DiT(DiTConfig(3, num_classes=2, **sizes)), Classifier(ClassifierConfig(vocab_size=3, **sizes))
+    pairs = ((network, ClassDropout(mdlm, 0.2)), (classifier, NoisyClassification(mdlm)))
+    for i, (net, objective) in enumerate(pairs):
+        trainer = DiffusionTrainer(net, objective, TrainingConfig(steps=40, **numbers), rows, rows, tmp_path / str(i))
+        trainer.train_or_resume()
+        assert trainer.evaluate()["eval_loss"] < 0.3
+        net.eval()
+    masked = torch.full((1, 4), 2)
+    for c in (0, 1, 2):
+        guess = mdlm.log_x0(Conditioned(network, c)(masked), masked).exp()[..., 1].mean().item()
+        assert abs(guess - (0.0, 1.0, 0.5)[c]) < 0.25, (c, guess)
+    for guidance in (ClassifierFree(1, 2.0), ExactGuidance(classifier, 1, 2.0)):
+        states = Ancestral(4).states(*guidance.guide(network, mdlm), blank(50, 4), torch.Generator().manual_seed(0))
+        assert (last(states).ids == 1).float().mean() > 0.8
