@@ -57,7 +57,7 @@ def reveal_steps(
     reached = (alpha[1:] - alpha[0]) / (1 - alpha[0])
     return torch.searchsorted(reached, u, right=True)
 
-# %% ../../nbs/sampling/03_ancestral.ipynb #be7356d1
+# %% ../../nbs/sampling/03_ancestral.ipynb #a1c2df60
 def of_texts(
     network,  # a denoiser; one that holds something of each text has a method of this name
     rows: Tensor,  # true for the texts that are asked about, [B]
@@ -103,7 +103,7 @@ def walk(
     objective,  # the corruption, for the start
     canvas: Canvas,  # what is given and what is to be written
     generator: torch.Generator | None = None,  # source of randomness
-) -> Iterator[State]:  # the start, then one state for each step with a change
+) -> Iterator[State]:  # the start, one state for each step with a change, and the end if it was asked about
     "Walk over the grid and leap from its end to the clean text"
     ids = canvas.filled(objective.corruption.prior(canvas.ids.shape, canvas.ids.device, generator))
     nfe = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
@@ -111,7 +111,7 @@ def walk(
     for step, (t, s) in enumerate(itertools.pairwise([*times, None])):
         new, asked = leap(ids, step, t, s)
         ids, changed, nfe = new, new != ids, nfe + asked
-        if changed.any():
+        if changed.any() or (s is None and asked.any()):
             yield State(ids, changed, 0.0 if s is None else s.item(), nfe.clone())
 
 
