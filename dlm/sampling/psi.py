@@ -139,7 +139,7 @@ def _(remasking: ByConfidence, times, schedule, editable, generator=None):
     written, _ = flip_chances(torch.ones_like(alpha), alpha)
     return Coins(written, largest_sigma(alpha[:-1], alpha[1:]), editable, generator)
 
-# %% ../../nbs/sampling/10_psi.ipynb #7e2759f2
+# %% ../../nbs/sampling/10_psi.ipynb #802bfb23
 @torch.no_grad()
 def write_scored(
     network,  # a denoiser
