@@ -19,13 +19,13 @@ from .corruption import Absorbing, Uniform
 from .cross_entropy import at_least_float32
 from .objectives import Diffusion, spread, subs
 
-# %% ../../nbs/diffusion/06_scores.ipynb #fdfdb3c2
+# %% ../../nbs/diffusion/06_scores.ipynb #ddd5b789
 def rate(
     corruption: Absorbing | Uniform,  # the chain
     z: Tensor,  # ids, [...]
     dtype: torch.dtype = torch.float64,  # type of the result
 ) -> Tensor:  # rates out of each id, [..., V]
-    "Rows of $Q$; each sums to zero (SEDD, eqs. 15 and 16)"
+    "Rows of $Q$; each sums to zero (SEDD, section 3)"
     prior = corruption.prior_probs(torch.empty(0, dtype=dtype, device=z.device))
     return prior - F.one_hot(z, corruption.vocab_size)
 
@@ -71,13 +71,13 @@ def score_of(
     noisy = alpha * log_x0.exp() + (1 - alpha) * corruption.prior_probs(log_x0)
     return noisy / noisy.gather(-1, z[..., None])
 
-# %% ../../nbs/diffusion/06_scores.ipynb #c046e6d1
+# %% ../../nbs/diffusion/06_scores.ipynb #a685db44
 def reverse_rate(
     corruption: Absorbing | Uniform,  # the chain
     score: Tensor,  # ratios $p_t(y)/p_t(z)$, [..., V]
     z: Tensor,  # noisy ids, [...]
 ) -> Tensor:  # rates of the reversed chain out of `z`; each row sums to zero, [..., V]
-    "Rates at which the reversed chain leaves `z` (SEDD, eq. 4)"
+    "Rates at which the reversed chain leaves `z` (SEDD, section 2)"
     jumps = (rate_into(corruption, z, score.dtype) * score).scatter(-1, z[..., None], 0.0)
     return jumps.scatter(-1, z[..., None], -jumps.sum(-1, keepdim=True))
 
@@ -87,7 +87,7 @@ def staggered_score(
     score: Tensor,  # ratios $p_t(y)/p_t(z)$, [..., V]
     dsigma: Tensor,  # noise taken away, [...] or a number
 ) -> Tensor:  # $p_s(y)/p_t(z)$ at the time s with that much less noise, [..., V]
-    "The score times $e^{-\\Delta\\sigma Q}$ (SEDD, eq. 19)"
+    "The score times $e^{-\\Delta\\sigma Q}$ (SEDD, section 4)"
     grow = torch.expm1(torch.as_tensor(dsigma, dtype=score.dtype, device=score.device))[..., None]
     return score + grow * (score - score.sum(-1, keepdim=True) * corruption.prior_probs(score))
 
@@ -137,7 +137,7 @@ def _(corruption: Uniform, log_score, x, z, sigma):
     others = log_other.exp() * excess(gap).sum(-1)
     return (others + torch.where(same, 0.0, log_r.exp() * excess(at_x))) / V
 
-# %% ../../nbs/diffusion/06_scores.ipynb #5730f43b
+# %% ../../nbs/diffusion/06_scores.ipynb #60df2422
 @functools.singledispatch
 def implied_log_x0(
     corruption: Absorbing | Uniform,  # the chain
@@ -160,13 +160,13 @@ def _(corruption: Uniform, log_score, z, alpha):
     clean = (log_score.softmax(-1) - noise).clamp_min(0)
     return (clean / clean.sum(-1, keepdim=True)).log()
 
-
+# %% ../../nbs/diffusion/06_scores.ipynb #e5400795
 @functools.singledispatch
 def score_scale(
     corruption: Absorbing | Uniform,  # the chain
     sigma: Tensor,  # total noise, [...]
 ) -> Tensor:  # log-ratio of an output of zero, [...]
-    "What is added to the network's output (SEDD, appendix C.2); nothing but for an absorbing corruption"
+    "What is added to the network's output (SEDD, appendix C); nothing but for an absorbing corruption"
     return torch.zeros_like(sigma)
 
 

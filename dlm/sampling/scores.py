@@ -33,25 +33,25 @@ def score_at(
         return objective.log_score(logits.double(), z, t).exp()
     return score_of(objective.corruption, shaped.log_softmax(-1), z, objective.schedule.alpha(t))
 
-# %% ../../nbs/sampling/06_scores.ipynb #a4c71d0b
+# %% ../../nbs/sampling/06_scores.ipynb #c4bab65a
 def tweedie(
     corruption,  # the chain
     score: Tensor,  # ratios $p_t(y)/p_t(z)$, [..., V]
     z: Tensor,  # noisy ids, [...]
     dsigma: Tensor,  # noise taken away, [...] or a number
 ) -> Tensor:  # weights of the ids before; they sum to 1 for true ratios, [..., V]
-    "The analytic step (SEDD, theorem 4.2)"
+    "The analytic step (SEDD, section 4)"
     dsigma = torch.as_tensor(dsigma, dtype=score.dtype, device=z.device)
     return staggered_score(corruption, score, dsigma) * transition_into(corruption, z, dsigma)
 
-# %% ../../nbs/sampling/06_scores.ipynb #90c0e0dd
+# %% ../../nbs/sampling/06_scores.ipynb #13f7a7f9
 def euler(
     corruption,  # the chain
     score: Tensor,  # ratios $p_t(y)/p_t(z)$, [..., V]
     z: Tensor,  # noisy ids, [...]
     dsigma: Tensor,  # speed of the noise times the length of the step, [...] or a number
 ) -> Tensor:  # weights of the ids before; they sum to 1, [..., V]
-    "Euler's step (SEDD, eq. 17)"
+    "Euler's step (SEDD, section 4)"
     dsigma = torch.as_tensor(dsigma, dtype=score.dtype, device=z.device)[..., None]
     return F.one_hot(z, corruption.vocab_size) + dsigma * reverse_rate(corruption, score, z)
 
@@ -88,10 +88,10 @@ class ByScore(Stepwise):
         law = self.law(objective, ask(network, objective, ids, now, t), ids[now], t, s, choose.shape)
         return ids.masked_scatter(now, choose.draw(law.log(), generator)), now.any(1)
 
-# %% ../../nbs/sampling/06_scores.ipynb #9e79e019
+# %% ../../nbs/sampling/06_scores.ipynb #3ec19e2c
 @dataclass(frozen=True)
 class Analytic(ByScore):
-    "Tweedie tau-leaping (SEDD, theorem 4.2)"
+    "Tweedie tau-leaping (SEDD, section 4)"
 
     def step(self, objective, score, z, t, s):
         "Weights of $z_s$, [N, V]"
@@ -100,7 +100,7 @@ class Analytic(ByScore):
 
 @dataclass(frozen=True)
 class Euler(ByScore):
-    "Fixed rates for the length of a step (SEDD, eq. 17)"
+    "Fixed rates for the length of a step (SEDD, section 4)"
 
     def step(self, objective, score, z, t, s):
         "Weights of $z_s$, [N, V]"
