@@ -27,6 +27,10 @@ from dlm.models.dit import DiT, DiTConfig
 from dlm.sampling.ancestral import Ancestral, Stepwise, last
 from dlm.sampling.canvas import Canvas, blank
 from dlm.sampling.categorical import Categorical, Greedy
+from dlm.sampling.orders import Confidence, FirstHitting
+from dlm.sampling.psi import Psi
+from dlm.sampling.remasking import Rescale
+from dlm.sampling.scores import Analytic, Euler
 from dlm.training.settings import TrainingConfig
 from dlm.training.trainer import DiffusionTrainer
 
@@ -419,3 +423,24 @@ def test_labels_pass_through_the_trainer(tmp_path):
     for guidance in (ClassifierFree(1, 2.0), ExactGuidance(classifier, 1, 2.0)):
         states = Ancestral(4).states(*guidance.guide(network, mdlm), blank(50, 4), torch.Generator().manual_seed(0))
         assert (last(states).ids == 1).float().mean() > 0.8
+
+
+# Every sampler
+
+
+@pytest.mark.parametrize("sampler", [FirstHitting(), Confidence(4), Psi(4, kappa=Rescale(0.5)), Analytic(4), Euler(16)])
+@pytest.mark.parametrize("kind", [ClassifierFree, ExactGuidance, FirstOrderGuidance])
+def test_every_sampler_is_guided_or_refuses(sampler, kind):
+    "Samplers that draw positions first can not be steered by a classifier, nor serve a uniform corruption"
+    canvas = Canvas(torch.zeros(3, 6, dtype=torch.long), torch.rand(3, 6) < 0.7)
+    for objective in (MDLM(Absorbing(4, 5)), UDLM(Uniform(5))):
+        network, classifier = tiny_network(5, time_conditioning=True), tiny_classifier(length=8)
+        guidance = kind(1, 2.0) if kind is ClassifierFree else kind(classifier, 1, 2.0)
+        guided = guidance.guide(network, objective)
+        if isinstance(sampler, FirstHitting | Confidence) and not guided[1].positions_first:
+            with pytest.raises(ValueError, match="use Ancestral"):
+                last(sampler.states(*guided, canvas, torch.Generator()))
+            continue
+        ids = last(sampler.states(*guided, canvas, torch.Generator().manual_seed(0))).ids
+        assert (ids[~canvas.editable] == 0).all() and ids.max() < guided[1].corruption.vocab_size
+        assert isinstance(objective, UDLM) or (ids != 4).all()

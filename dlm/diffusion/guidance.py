@@ -19,7 +19,7 @@ from torch import Tensor
 from .corruption import Absorbing, Uniform
 from ..models.conditioning import Conditioned, check_label
 
-# %% ../../nbs/diffusion/12_guidance.ipynb #90078e07
+# %% ../../nbs/diffusion/12_guidance.ipynb #f2f0137b
 def twice(
     x: Tensor | None,  # something with one row for each text, [B, ...]
 ) -> Tensor | None:  # [2 B, ...]
@@ -38,7 +38,9 @@ class Both:
         self.network, self.label = network, label
 
     def hidden(self, ids: Tensor, sigma: Tensor | None = None, positions: Tensor | None = None, **options) -> Tensor:
-        "Hidden states with the class and without, [..., 2, D]"
+        "Hidden states with the class and without, [..., 2, D]; raises a ValueError for a cache, which holds one answer"
+        if options.get("cache") is not None:
+            raise ValueError("two answers, with the class and without, share no cache: use a sampler without one")
         label = torch.tensor([self.label, self.network.config.num_classes], device=ids.device)
         options = options | {"label": label.repeat_interleave(len(ids))}
         hidden = self.network.hidden(twice(ids), sigma=twice(sigma), positions=twice(positions), **options)
@@ -81,7 +83,7 @@ class MixedHead(Both):
         "Mixed logits, [..., V]"
         return mixture(super().head(hidden), self.weight)
 
-# %% ../../nbs/diffusion/12_guidance.ipynb #57d60a80
+# %% ../../nbs/diffusion/12_guidance.ipynb #6dae2217
 @dataclass(frozen=True)
 class Steered:
     "An objective whose laws are steered; all else is the objective's"
@@ -90,7 +92,7 @@ class Steered:
     weight: float  # gamma
 
     def __getattr__(self, name: str):
-        if name == "objective" or name.startswith("__"):
+        if name in ("objective", "log_score") or name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.objective, name)
 
@@ -202,7 +204,7 @@ def first_order_tilt(
     here = log_p.detach()[positions.nonzero()[:, 0]]
     return here[:, None] + gain - gain.gather(-1, ids[positions][:, None])
 
-# %% ../../nbs/diffusion/12_guidance.ipynb #e6f5efc2
+# %% ../../nbs/diffusion/12_guidance.ipynb #595a9e84
 class Tilted:
     "A network that answers with logits and the tilt of a classifier, [..., 2, V]"
 
@@ -227,6 +229,11 @@ class Tilted:
         V = self.guidance.classifier.config.vocab_size
         logits = self.network.head(hidden[..., :-V])
         return torch.stack([logits, hidden[..., -V:].to(logits.dtype)], -2)
+
+    def of_texts(self, rows: Tensor) -> "Tilted":
+        "The same for the texts where `rows`, [B], is true"
+        some = self.network.of_texts(rows) if hasattr(self.network, "of_texts") else self.network
+        return Tilted(some, self.guidance)
 
     def __getattr__(self, name: str):
         if name in ("network", "guidance") or name.startswith("__"):

@@ -27,7 +27,7 @@ def check_label(
             f"labels from {low} to {high} for {classes} classes: use 0 to {classes - 1}, {classes} is none"
         )
 
-# %% ../../nbs/models/05_conditioning.ipynb #b016f6ea
+# %% ../../nbs/models/05_conditioning.ipynb #75c01e60
 class Conditioned:
     "A network asked for texts of a class; raises a ValueError for a label that it does not have"
 
@@ -45,6 +45,12 @@ class Conditioned:
         if label.ndim and len(label) != len(ids):
             raise ValueError(f"{len(label)} labels for a batch of {len(ids)}: give one each, or one number for all")
         return self.network.hidden(ids, *args, label=label.expand(len(ids)), **options)
+
+    def of_texts(self, rows: Tensor) -> "Conditioned":
+        "The same for the texts that are true in `rows`, [B]: a sampler asks about those that change"
+        network = self.network.of_texts(rows) if hasattr(self.network, "of_texts") else self.network
+        several = isinstance(self.label, Tensor) and self.label.ndim
+        return Conditioned(network, self.label[rows.to(self.label.device)] if several else self.label)
 
     def __call__(self, *args, **options) -> Tensor:
         "Logits at all positions, [B, L, V]"
