@@ -51,3 +51,22 @@ def test_published_samplers_draw_from_the_law(monkeypatch):
         expected = 2000 * torch.tensor([0.2, 0.5, 0.3])
         assert counts[3] == 0 and nfe <= 21
         assert ((counts[:3] - expected) ** 2 / expected).sum() < 13.8  # chi-square, 2 degrees of freedom, p = 0.001
+
+
+def test_flops_of_a_step_are_those_that_torch_counts(monkeypatch):
+    "All positions, and half of them; modulations and the noise level, which the formula leaves out, are under 1 %"
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from dlm.models.dit import DiT, DiTConfig
+
+    monkeypatch.syspath_prepend(FOLDER)
+    import gpu
+
+    config = DiTConfig(vocab_size=500, hidden_size=64, n_blocks=3, n_heads=2, length=128, dropout=0.0)
+    network, ids = DiT(config), torch.randint(500, (2, 128))
+    for share, asked in ((1.0, None), (0.5, (torch.arange(128) % 2 == 0).expand(2, -1))):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            network.head(network.hidden(ids, positions=asked)).sum().backward()
+        assert abs(counter.get_total_flops() / gpu.flops(config, 2, 128, share) - 1) < 0.01
