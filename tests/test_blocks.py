@@ -26,11 +26,16 @@ from dlm.diffusion.schedules import LogLinear
 from dlm.evaluation.likelihood import likelihood
 from dlm.foundations.configuration import build, describe
 from dlm.models.attention import KVCache
+from dlm.models.conditioning import Conditioned
 from dlm.models.dit import DiT, DiTConfig
 from dlm.sampling.ancestral import Ancestral, grid, last, reveal_steps
 from dlm.sampling.blocks import Blocks, Continued, Ending, Rereading, SemiAutoregressive, own_entropy
 from dlm.sampling.canvas import Canvas, blank, prompted
 from dlm.sampling.categorical import Categorical, LegacyFloat32
+from dlm.sampling.orders import Confidence, FirstHitting
+from dlm.sampling.psi import Psi
+from dlm.sampling.remasking import Rescale
+from dlm.sampling.scores import Analytic
 
 
 def tiny(seed=0, std=0.3, **changes):
@@ -489,6 +494,53 @@ def test_law_of_blocks(cached):
     state = last(Blocks(Ancestral(2), cached=cached).states(network, objective, blank(6000, 4), seeded()))
     seen = (state.ids * torch.tensor([8, 4, 2, 1])).sum(1).bincount(minlength=16)
     assert passes(seen, law.flatten())
+
+
+@torch.no_grad()
+def test_law_of_blocks_by_first_hitting():
+    "All orders of a block are equally likely, so its law is their mean"
+    network, objective = attentive(2, std=0.35), BlockDiffusion(Absorbing(2, 3), LogLinear(0.0), block_size=2, length=4)
+    law = torch.ones(2, 2, 2, 2, dtype=torch.float64)
+    for text in itertools.product(range(2), repeat=4):
+        for start in (0, 2):
+            chance = 0.0
+            for order in itertools.permutations(range(start, start + 2)):
+                z, p = torch.tensor([text[:start] + (2, 2)]), 1.0
+                for i in order:
+                    guess = objective.log_x0(network(z, attention=reading_mask(start + 2, 2)), z)[0, i]
+                    p, z[0, i] = p * guess[text[i]].exp().item(), text[i]
+                chance += p / 2
+            law[text] *= chance
+    state = last(Blocks(FirstHitting()).states(network, objective, blank(6000, 4), seeded(1)))
+    seen = (state.ids * torch.tensor([8, 4, 2, 1])).sum(1).bincount(minlength=16)
+    assert passes(seen, law.flatten()) and (state.nfe == 5).all()
+
+
+@pytest.mark.parametrize(
+    "inner", [FirstHitting(), Confidence(3), Psi(6, kappa=Rescale(0.3)), Analytic(6)], ids=lambda s: type(s).__name__
+)
+def test_any_sampler_works_inside_a_block(inner):
+    network, objective = attentive(vocab_size=9), BlockDiffusion(Absorbing(8, 9), block_size=4, length=16)
+    canvas, texts = prompted([[1, 2, 3, 4, 5], [], [1]], 16), []
+    for cached in (True, False):
+        texts.append(last(Blocks(inner, cached=cached).states(network, objective, canvas, seeded(3))).ids)
+    assert torch.equal(*texts) and (texts[0] != 8).all()
+    assert torch.equal(texts[0][~canvas.editable], canvas.ids[~canvas.editable])
+
+
+def test_classes_are_kept_text_by_text():
+    network, labels = attentive(vocab_size=9, num_classes=2), torch.tensor([0, 1, 2])
+    with torch.no_grad():
+        network.cond_map.embedding_table.weight.normal_(std=3)
+        for block in network.blocks:
+            block.adaLN_modulation.weight.normal_(std=0.3)
+    objective, texts = BlockDiffusion(Absorbing(8, 9), block_size=4, length=16), []
+    for cached in (True, False):
+        states = Blocks(Ancestral(8), cached=cached).states(
+            Conditioned(network, labels), objective, blank(3, 16), seeded(3)
+        )
+        texts.append(last(states).ids)
+    assert torch.equal(*texts)
 
 
 @torch.no_grad()

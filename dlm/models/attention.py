@@ -156,7 +156,7 @@ def attend(
     "For each query the average of the values it may see, weighted by how well their keys fit"
     return (kernel or kernel_for(q, mask))(q, k, v, mask)
 
-# %% ../../nbs/models/01_attention.ipynb #9fbff41f
+# %% ../../nbs/models/01_attention.ipynb #50a0116d
 class KVCache:
     "Keys and values of the tokens seen so far, layer by layer, in memory claimed once"
 
