@@ -20,7 +20,7 @@ SCHEDULES = [LogLinear(), CosineMD4(), CosineSquared(), Linear(1e-3, 5.0)]
 
 
 def literal(x0_probs, x, z, alpha, dalpha):
-    "The bound as it is defined (UDLM, eq. 18): the cost of a jump process with the guessed ratios"
+    "The bound as it is defined (UDLM): the cost of a jump process with the guessed ratios"
     V = x0_probs.shape[-1]
     rho, guess = (V * alpha[..., None] * p + 1 - alpha[..., None] for p in (one_hot(x, V).double(), x0_probs))
     rho, guess = (r / r.gather(-1, z[..., None]) for r in (rho, guess))

@@ -93,10 +93,10 @@ def sparse_mixture(
     ids = distinct(x, vocab_size, k, generator)
     return top_mixture(x, alpha_tilde + sigma_tilde * noise, others, ids, sigma_tilde, tau, vocab_size)
 
-# %% ../../nbs/diffusion/09_curriculum.ipynb #8c02a56c
+# %% ../../nbs/diffusion/09_curriculum.ipynb #a0dc7bec
 @dataclass(frozen=True)
 class Cooling:
-    "Temperature of the curriculum at each step: $\\log\\tau$ linear between two steps (DUO, section 4.1)"
+    "Temperature of the curriculum at each step: $\\log\\tau$ linear between two steps (DUO, curriculum)"
 
     start: float = 1e-3  # temperature up to step `first`
     end: float = 1e-3  # temperature towards step `last`
@@ -189,10 +189,10 @@ def curriculum_loss(
     nats = uniform_rows(network.head, hidden, ids[valid], mixture.winner[valid], *level)
     return Loss(torch.zeros(ids.shape, dtype=nats.dtype, device=ids.device).masked_scatter(valid, nats), valid)
 
-# %% ../../nbs/diffusion/09_curriculum.ipynb #05435f83
+# %% ../../nbs/diffusion/09_curriculum.ipynb #76572c17
 @dataclass(frozen=True)
 class Curriculum:
-    "What `DUO` trains on at one temperature (DUO, eq. 14)"
+    "What `DUO` trains on at one temperature (DUO, curriculum)"
 
     objective: DUO  # whose curriculum this is
     tau: float  # temperature

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .schedules import Schedule
 
-# %% ../../nbs/diffusion/08_duality.ipynb #648a8509
+# %% ../../nbs/diffusion/08_duality.ipynb #40a5b9fc
 STEP, REACH = 1 / 64, 10.0  # of the quadrature: distance of its nodes, and standard deviations on either side
 
 
@@ -25,7 +25,7 @@ def win(
     gamma: Tensor,  # log noise-to-signal ratios, [n]
     vocab_size: int,  # V
 ) -> tuple[Tensor, Tensor]:  # chance that the clean token is the largest, and its slope in gamma; float64, [n]
-    "$p(\\gamma)$ and $dp/d\\gamma$ (DUO, eq. 10)"
+    "$p(\\gamma)$ and $dp/d\\gamma$ (DUO, diffusion transformation operator)"
     mu = torch.exp(-gamma.double() / 2)
     n = math.ceil((2 * REACH + mu.max().item()) / STEP)
     z = torch.arange(n + 1, dtype=torch.float64, device=gamma.device) * STEP - REACH
@@ -199,14 +199,14 @@ def distinct(
         taken = torch.cat([taken, new[..., None]], -1).sort(-1).values
     return torch.stack(ids, -1)
 
-# %% ../../nbs/diffusion/08_duality.ipynb #913aef7e
+# %% ../../nbs/diffusion/08_duality.ipynb #2b661da1
 def walk(
     x: Tensor,  # clean ids, [...]
     gammas: list[Tensor],  # log noise-to-signal ratios, each broadcasts to [...]
     vocab_size: int,  # V
     generator: torch.Generator | None = None,  # source of noise
 ) -> list[Tensor]:  # noisy ids at each ratio, [...]
-    "The argmax of the latents at several noise levels that share their noise (DUO, section 4.2)"
+    "The argmax of the latents at several noise levels that share their noise (DUO, consistency distillation)"
     own = torch.randn(x.shape, generator=generator, device=x.device, dtype=torch.float64)
     rival = largest(x.shape, vocab_size - 1, 1, generator, x.device)[..., 0]
     other = distinct(x, vocab_size, 1, generator)[..., 0]

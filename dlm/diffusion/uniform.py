@@ -15,7 +15,7 @@ from .corruption import Uniform
 from .cross_entropy import at_least_float32, in_slices
 from .objectives import Diffusion, spread
 
-# %% ../../nbs/diffusion/07_uniform.ipynb #ce8bfb49
+# %% ../../nbs/diffusion/07_uniform.ipynb #82dc5924
 def uniform_bound(
     log_p_x: Tensor,  # log-probability of the clean token, [...], float64
     log_p_z: Tensor,  # that of the noisy token, likewise
@@ -24,7 +24,7 @@ def uniform_bound(
     k: Tensor,  # V alpha / (1 - alpha), [...]
     vocab_size: int,  # V
 ) -> Tensor:  # the bound without its factor -alpha' / (V alpha), [...]
-    "What one jump process loses by believing the guess (UDLM, eq. 18; DUO, eq. 20)"
+    "What one jump process loses by believing the guess (UDLM, Schiff et al., 2025; DUO, Sahoo et al., 2025)"
     p, away = log_p_z.exp(), -torch.expm1(log_p_z)
     r, rest = torch.log1p(k * p), total - torch.log1p(k * p)
     d = torch.log1p(k * away / (1 + k * p))
