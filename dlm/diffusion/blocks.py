@@ -125,7 +125,7 @@ def masked_within(
     order = torch.rand(*chance.shape, block_size, generator=generator, device=chance.device)
     return (order.argsort(-1).argsort(-1) < count).flatten(1)
 
-# %% ../../nbs/diffusion/11_blocks.ipynb #f36399f3
+# %% ../../nbs/diffusion/11_blocks.ipynb #3180b38a
 def check_blocks(
     objective,  # a `BlockDiffusion`
 ):
