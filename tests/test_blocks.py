@@ -26,7 +26,7 @@ from dlm.diffusion.schedules import LogLinear
 from dlm.evaluation.likelihood import likelihood
 from dlm.foundations.configuration import build, describe
 from dlm.models.attention import KVCache
-from dlm.models.conditioning import Conditioned
+from dlm.diffusion.conditioning import Conditioned
 from dlm.models.dit import DiT, DiTConfig
 from dlm.sampling.ancestral import Ancestral, grid, last, reveal_steps
 from dlm.sampling.blocks import Blocks, Continued, Ending, Rereading, SemiAutoregressive, own_entropy

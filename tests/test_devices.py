@@ -16,7 +16,7 @@ from dlm.diffusion.objectives import AR, MDLM
 from dlm.diffusion.scores import SEDD
 from dlm.diffusion.uniform import UDLM
 from dlm.models.classifier import Classifier, ClassifierConfig
-from dlm.models.conditioning import Conditioned
+from dlm.diffusion.conditioning import Conditioned
 from dlm.models.dit import DiT, DiTConfig
 from dlm.models.mamba import DiMamba, DiMambaConfig
 from dlm.sampling import orders, remasking

@@ -33,7 +33,7 @@ from dlm.diffusion.objectives import MDLM
 from dlm.diffusion.schedules import LogLinear
 from dlm.diffusion.uniform import UDLM
 from dlm.foundations.configuration import build, describe
-from dlm.models.conditioning import ClassDropout, Conditioned
+from dlm.diffusion.conditioning import ClassDropout, Conditioned
 from dlm.models.dit import DiTConfig
 from dlm.training.batches import Collate
 from dlm.training.checkpoints import checkpoints, load_checkpoint

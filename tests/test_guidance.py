@@ -22,7 +22,7 @@ from dlm.diffusion.objectives import AR, MDLM
 from dlm.diffusion.uniform import UDLM
 from dlm.foundations.configuration import build, describe
 from dlm.models.classifier import Classifier, ClassifierConfig
-from dlm.models.conditioning import ClassDropout, Conditioned, drop_labels
+from dlm.diffusion.conditioning import ClassDropout, Conditioned, drop_labels
 from dlm.models.dit import DiT, DiTConfig
 from dlm.sampling.ancestral import Ancestral, Stepwise, last
 from dlm.sampling.canvas import Canvas, blank

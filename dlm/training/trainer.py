@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..models.conditioning import Conditioned
+from ..diffusion.conditioning import Conditioned
 from .batches import Collate, GlobalBatches, generator_of, seed_global, seed_of
 from .checkpoints import whole
 from .ema import local, trainable
