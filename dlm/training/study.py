@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['open_text', 'Study', 'compose', 'Trained', 'train_all']
 
-# %% ../../nbs/training/09_study.ipynb #2f5b646c
+# %% ../../nbs/training/09_study.ipynb #69c3473e
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -100,7 +101,7 @@ class Trained:
         "Number of parameters"
         return sum(p.numel() for p in self.network.parameters())
 
-# %% ../../nbs/training/09_study.ipynb #c30e5539
+# %% ../../nbs/training/09_study.ipynb #4578cc44
 def train_all(
     runs: Mapping[str, Run],  # what is trained, by name
     tokenizer: Any,  # what turns the text into ids
@@ -110,7 +111,7 @@ def train_all(
     "Train runs one after the other, each from its newest checkpoint if there is one"
     found = {}
     for name, run in runs.items():
-        folder, c = Path(out) / name.lower().replace(" ", "_"), run.training
+        folder, c = Path(out) / "_".join(re.findall("[a-z0-9]+", name.lower())), run.training
         print(f"{name}: {c.steps} steps of {c.batch_size} x {run.packing.length} tokens", flush=True)
         train(run, tokenizer, folder, **where)
         network, objective, _ = load_trained(folder)
