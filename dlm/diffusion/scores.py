@@ -105,7 +105,7 @@ def excess(
     "$h(a)=e^a-1-a$"
     return torch.expm1(a) - a
 
-# %% ../../nbs/diffusion/06_scores.ipynb #0fc0ad73
+# %% ../../nbs/diffusion/06_scores.ipynb #6aa36117
 @functools.singledispatch
 def score_entropy(
     corruption: Absorbing | Uniform,  # the chain
@@ -117,7 +117,7 @@ def score_entropy(
     "Score entropy of each token (SEDD, definition 3.1); raises TypeError for an unknown corruption"
     raise TypeError(f"no score entropy for {type(corruption).__name__}: register one with score_entropy.register")
 
-
+# %% ../../nbs/diffusion/06_scores.ipynb #eb51b537
 @score_entropy.register
 def _(corruption: Absorbing, log_score, x, z, sigma):
     log_r = -log_expm1(sigma).to(log_score.dtype)
@@ -126,7 +126,7 @@ def _(corruption: Absorbing, log_score, x, z, sigma):
     wrong = log_score.scatter(-1, x[..., None], -math.inf).scatter(-1, never, -math.inf).exp().sum(-1)
     return torch.where(z == corruption.mask_id, wrong + log_r.exp() * excess(at_x), 0.0)
 
-
+# %% ../../nbs/diffusion/06_scores.ipynb #3792a3ef
 @score_entropy.register
 def _(corruption: Uniform, log_score, x, z, sigma):
     V, same = corruption.vocab_size, x == z
