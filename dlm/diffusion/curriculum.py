@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Mixture', 'dense_mixture', 'log_mean_exp_below', 'top_mixture', 'sparse_mixture', 'Cooling', 'check_curriculum',
-           'DUO', 'curriculum_loss', 'Curriculum']
+           'Softened', 'DUO', 'curriculum_loss', 'Curriculum']
 
 # %% ../../nbs/diffusion/09_curriculum.ipynb #c8dfc96f
 import math
@@ -131,10 +131,10 @@ def check_curriculum(
     if top_k is not None and not 1 <= top_k <= V - 1:
         raise ValueError(f"top_k={top_k} of {V - 1} other ids: choose 1 to {V - 1}, or None for all")
 
-# %% ../../nbs/diffusion/09_curriculum.ipynb #91fbcb6a
+# %% ../../nbs/diffusion/09_curriculum.ipynb #738c698b
 @dataclass(frozen=True)
-class DUO(UDLM):
-    "Uniform diffusion that is learned through Gaussian latents first (Sahoo et al., 2025)"
+class Softened(UDLM):
+    "Uniform diffusion with a curriculum: how its inputs are softened, and for how long"
 
     duality: Duality | None = None  # Gaussian noise levels of the curriculum; None: DUO's on OpenWebText
     tau: Cooling = Cooling()  # temperature at each step, and the curriculum's end
@@ -147,6 +147,18 @@ class DUO(UDLM):
             object.__setattr__(self, "duality", Duality(self.corruption.vocab_size))
         check_curriculum(self.corruption.vocab_size, self.duality, self.top_k)
 
+    def soften(self, x: Tensor, t: Tensor, tau: float, generator: torch.Generator | None = None) -> Mixture:
+        "The input made of clean ids `x` [B, L] at times `t`, which broadcast"
+        levels = self.duality.alpha_tilde(t), self.duality.sigma_tilde(t)
+        if self.top_k is None:
+            return dense_mixture(x, *levels, tau, self.duality.vocab_size, generator)
+        return sparse_mixture(x, *levels, tau, self.duality.vocab_size, self.top_k, generator)
+
+# %% ../../nbs/diffusion/09_curriculum.ipynb #f5c851f2
+@dataclass(frozen=True)
+class DUO(Softened):
+    "Uniform diffusion that is learned through Gaussian latents first (Sahoo et al., 2025)"
+
     @classmethod
     def lm1b(cls, vocab_size: int = 30522, **changes) -> "DUO":
         "As trained on LM1B with BERT's vocabulary"
@@ -156,13 +168,6 @@ class DUO(UDLM):
     def openwebtext(cls, vocab_size: int = 50258, **changes) -> "DUO":
         "As trained on OpenWebText with GPT-2's vocabulary"
         return cls(Uniform(vocab_size), **dict(duality=Duality(vocab_size, -3.55, -1.85)) | changes)
-
-    def soften(self, x: Tensor, t: Tensor, tau: float, generator: torch.Generator | None = None) -> Mixture:
-        "The input made of clean ids `x` [B, L] at times `t`, which broadcast"
-        levels = self.duality.alpha_tilde(t), self.duality.sigma_tilde(t)
-        if self.top_k is None:
-            return dense_mixture(x, *levels, tau, self.duality.vocab_size, generator)
-        return sparse_mixture(x, *levels, tau, self.duality.vocab_size, self.top_k, generator)
 
     def in_training(self, step: int, teacher=None) -> "UDLM | Curriculum":
         "The curriculum up to its last step, the bound after it"
