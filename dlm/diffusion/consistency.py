@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['shared_noise', 'Doubling', 'LinearGrowth', 'KLBackward', 'KLForward', 'InPlaceDivergence', 'divergence',
-           'ConsistencyDistillation', 'Consistency', 'consistency_loss']
+           'ConsistencyDistillation', 'Leap', 'Consistency', 'consistency_loss']
 
 # %% ../../nbs/diffusion/10_consistency.ipynb #f7d5e44a
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ def shared_noise(
     noise = corruption.prior(x.shape, x.device, generator)
     return [corruption.at(x, alpha, u, noise) for alpha in alphas]
 
-# %% ../../nbs/diffusion/10_consistency.ipynb #1decebc8
+# %% ../../nbs/diffusion/10_consistency.ipynb #b1a5dfc4
 @dataclass(frozen=True)
 class Doubling:
     "$\\delta=2^m/T$ after the teacher has been renewed $m$ times"
@@ -47,7 +47,7 @@ class Doubling:
         "Distance of the two times at an optimiser step, at most 1"
         return min(1.0, 2 ** (step // refresh_every) / self.steps)
 
-
+# %% ../../nbs/diffusion/10_consistency.ipynb #736bad5e
 @dataclass(frozen=True)
 class LinearGrowth:
     "$\\delta$ grows linearly over the training"
@@ -141,10 +141,10 @@ class ConsistencyDistillation(UDLM):
         "The loss of optimiser step `step`; raises a ValueError when called without a teacher"
         return Consistency(self, self.growth.stride(step, self.refresh_every), teacher)
 
-# %% ../../nbs/diffusion/10_consistency.ipynb #2815a3a5
+# %% ../../nbs/diffusion/10_consistency.ipynb #b3a528ec
 @dataclass(frozen=True)
-class Consistency:
-    "Divergence of the answers at two times of one trajectory (DUO, algorithm 1)"
+class Leap:
+    "What is compared at one optimiser step: a student and its teacher, a stride apart"
 
     method: ConsistencyDistillation  # corruption, path and direction
     stride: float  # distance of the two times
@@ -165,6 +165,11 @@ class Consistency:
         "The student's time and the teacher's, from a time drawn"
         t = (t + self.stride).clamp(0, 1)
         return t, (t - self.stride).clamp_min(0)
+
+# %% ../../nbs/diffusion/10_consistency.ipynb #08aa8b37
+@dataclass(frozen=True)
+class Consistency(Leap):
+    "Divergence of the answers at two times of one trajectory (DUO, algorithm 1)"
 
     def token_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
         "Nats of each position, [...], from two logits [..., V]"
