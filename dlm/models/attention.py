@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['compiled', 'FLASH_INSTALLED', 'rotary', 'rotate', 'Causal', 'document_mask', 'dense', 'Sdpa', 'Flex', 'Flash',
-           'kernel_for', 'attend', 'KVCache']
+           'kernel_for', 'attend', 'Kept', 'KVCache']
 
 # %% ../../nbs/models/01_attention.ipynb #be02d9d1
 import importlib.util
@@ -156,9 +156,9 @@ def attend(
     "For each query the average of the values it may see, weighted by how well their keys fit"
     return (kernel or kernel_for(q, mask))(q, k, v, mask)
 
-# %% ../../nbs/models/01_attention.ipynb #50a0116d
-class KVCache:
-    "Keys and values of the tokens seen so far, layer by layer, in memory claimed once"
+# %% ../../nbs/models/01_attention.ipynb #6ec7e17f
+class Kept:
+    "Keys and values layer by layer, and how many tokens of them count"
 
     def __init__(self, capacity: int):
         self.capacity, self.layers, self.filled = capacity, [], []
@@ -167,6 +167,20 @@ class KVCache:
     def length(self) -> int:
         "Number of tokens that all layers hold"
         return self.filled[-1] if self.filled else 0
+
+    def cut(self, length: int) -> None:
+        "Forget all but the first `length` tokens"
+        self.filled = [min(length, filled) for filled in self.filled]
+
+    def drop(self, n: int) -> None:
+        "Forget the first `n` tokens; the others move up and keep the angles they were turned by"
+        kept = self.length - n
+        self.layers = [[x.roll(-n, -2) for x in stores] for stores in self.layers]
+        self.cut(kept)
+
+# %% ../../nbs/models/01_attention.ipynb #c6d6ee45
+class KVCache(Kept):
+    "Keys and values of the tokens seen so far, layer by layer, in memory claimed once"
 
     def update(
         self,
@@ -185,16 +199,6 @@ class KVCache:
         for store, new in zip(self.layers[layer], (k, v), strict=True):
             store[..., start:end, :] = new
         return tuple(store[..., :end, :] for store in self.layers[layer])
-
-    def cut(self, length: int) -> None:
-        "Forget all but the first `length` tokens"
-        self.filled = [min(length, filled) for filled in self.filled]
-
-    def drop(self, n: int) -> None:
-        "Forget the first `n` tokens; the others move up and keep the angles they were turned by"
-        kept = self.length - n
-        self.layers = [[x.roll(-n, -2) for x in stores] for stores in self.layers]
-        self.cut(kept)
 
     def of(self, rows: Tensor) -> "KVCache":
         "A copy for the texts that are true in `rows`, [B], with the same capacity"
