@@ -23,3 +23,33 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         for name in skip.keys() & {mark.name for mark in item.iter_markers()}:
             item.add_marker(skip[name])
+
+
+@pytest.fixture
+def tokenizer():
+    "The characters of Shakespeare"
+    from dlm.data.text import corpus_alphabet, tiny_shakespeare
+    from dlm.data.tokenizers import character_tokenizer
+
+    return character_tokenizer(corpus_alphabet(tiny_shakespeare()))
+
+
+@pytest.fixture
+def text_run(monkeypatch, tmp_path):
+    "Makes a run on Shakespeare, 32 characters at a time, from an objective, changes of the network and training settings"
+    from dlm.data.packing import Packing
+    from dlm.data.text import tiny_shakespeare
+    from dlm.models.dit import DiTConfig
+    from dlm.training.run import Run
+    from dlm.training.settings import TrainingConfig
+
+    monkeypatch.setenv("DLM_CACHE", str(tmp_path / "cache"))
+    shape = dict(hidden_size=32, n_blocks=1, n_heads=2, cond_dim=8, length=32)
+    numbers = dict(batch_size=8, precision="fp32", log_every=1)
+
+    def make(objective, network, **training):
+        config = DiTConfig(vocab_size=objective.corruption.vocab_size, **shape | network)
+        data, training = tiny_shakespeare(held_out=0.002), TrainingConfig(**numbers | training)
+        return Run(objective, config, data, Packing(32), training)
+
+    return make

@@ -14,22 +14,21 @@ from dlm.diffusion.blocks import (
     Clipped,
     Unweighted,
     block_hidden,
-    choose_interval,
-    intervals,
     masked_within,
     reading_mask,
     training_mask,
 )
+from dlm.diffusion.conditioning import Conditioned
 from dlm.diffusion.corruption import Absorbing
+from dlm.diffusion.intervals import choose_interval, intervals
 from dlm.diffusion.objectives import AR, MDLM
 from dlm.diffusion.schedules import LogLinear
 from dlm.evaluation.likelihood import likelihood
 from dlm.foundations.configuration import build, describe
 from dlm.models.attention import KVCache
-from dlm.diffusion.conditioning import Conditioned
 from dlm.models.dit import DiT, DiTConfig
 from dlm.sampling.ancestral import Ancestral, grid, last, reveal_steps
-from dlm.sampling.blocks import Blocks, Continued, Ending, Rereading, SemiAutoregressive, own_entropy
+from dlm.sampling.blocks import Blocks, Continued, Ending, Rereading, SemiAutoregressive, unigram_entropy
 from dlm.sampling.canvas import Canvas, blank, prompted
 from dlm.sampling.categorical import Categorical, LegacyFloat32
 from dlm.sampling.orders import Confidence, FirstHitting
@@ -656,7 +655,7 @@ def test_texts_that_repeat_themselves_are_given_up():
     assert state.ids[0].tolist() == text[0, :8].tolist() + [7] * 8
     assert torch.equal(state.ids[1], text[1])
     torch.testing.assert_close(
-        own_entropy(torch.tensor([[1, 2, 3, 4], [1, 1, 2, 2]])), torch.tensor([4.0, 2.0]).double().log()
+        unigram_entropy(torch.tensor([[1, 2, 3, 4], [1, 1, 2, 2]])), torch.tensor([4.0, 2.0]).double().log()
     )
 
 

@@ -6,17 +6,18 @@ from other_device import DEVICE, SEED, OtherDevice, take_there
 
 from dlm.diffusion import schedules
 from dlm.diffusion.blocks import BlockDiffusion
+from dlm.diffusion.classifier_guidance import ExactGuidance, FirstOrderGuidance
+from dlm.diffusion.conditioning import Conditioned
 from dlm.diffusion.consistency import ConsistencyDistillation
 from dlm.diffusion.corruption import Absorbing, Uniform
 from dlm.diffusion.curriculum import DUO
 from dlm.diffusion.duality import Duality
 from dlm.diffusion.finite import D3PM
-from dlm.diffusion.guidance import ClassifierFree, ExactGuidance, FirstOrderGuidance
+from dlm.diffusion.guidance import ClassifierFree
 from dlm.diffusion.objectives import AR, MDLM
 from dlm.diffusion.scores import SEDD
 from dlm.diffusion.uniform import UDLM
 from dlm.models.classifier import Classifier, ClassifierConfig
-from dlm.diffusion.conditioning import Conditioned
 from dlm.models.dit import DiT, DiTConfig
 from dlm.models.mamba import DiMamba, DiMambaConfig
 from dlm.sampling import orders, remasking

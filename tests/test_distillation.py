@@ -15,9 +15,8 @@ from torch import nn
 from two_distilling import distillation, network
 
 import dlm.diffusion.cross_entropy as cross_entropy
-from dlm.data.packing import Packing
-from dlm.data.text import corpus_alphabet, tiny_shakespeare
-from dlm.data.tokenizers import character_tokenizer, mask_id_and_size
+from dlm.data.tokenizers import mask_id_and_size
+from dlm.diffusion.conditioning import ClassDropout, Conditioned
 from dlm.diffusion.consistency import (
     ConsistencyDistillation,
     Doubling,
@@ -33,12 +32,10 @@ from dlm.diffusion.objectives import MDLM
 from dlm.diffusion.schedules import LogLinear
 from dlm.diffusion.uniform import UDLM
 from dlm.foundations.configuration import build, describe
-from dlm.diffusion.conditioning import ClassDropout, Conditioned
 from dlm.models.dit import DiTConfig
 from dlm.training.batches import Collate
 from dlm.training.checkpoints import checkpoints, load_checkpoint
-from dlm.training.run import Run, check_fit, first_network, load_trained, perform, write_run
-from dlm.training.settings import TrainingConfig
+from dlm.training.run import check_fit, first_network, load_trained, perform, write_run
 from dlm.training.trainer import DiffusionTrainer, TrainingModule
 
 VOCAB = tiny_run.VOCAB
@@ -401,23 +398,10 @@ def test_a_run_with_labels_trains_evaluates_and_distils(tmp_path):
 
 
 @pytest.fixture
-def tokenizer():
-    return character_tokenizer(corpus_alphabet(tiny_shakespeare()))
-
-
-@pytest.fixture
-def run(tokenizer, monkeypatch, tmp_path):
-    monkeypatch.setenv("DLM_CACHE", str(tmp_path / "cache"))
-    _, size = mask_id_and_size(tokenizer)
-    shape = dict(hidden_size=32, n_blocks=1, n_heads=2, cond_dim=8, length=32, dropout=0.1, time_conditioning=True)
-    numbers = dict(steps=4, batch_size=8, lr=1e-2, warmup_steps=1, precision="fp32", eval_every=4, save_every=4)
-    return Run(
-        UDLM(Uniform(size)),
-        DiTConfig(vocab_size=size, **shape),
-        tiny_shakespeare(held_out=0.002),
-        Packing(32),
-        TrainingConfig(log_every=1, progress=False, ema_decay=0.5, **numbers),
-    )
+def run(text_run, tokenizer):
+    objective, network = UDLM(Uniform(mask_id_and_size(tokenizer)[1])), dict(dropout=0.1, time_conditioning=True)
+    numbers = dict(steps=4, lr=1e-2, warmup_steps=1, eval_every=4, save_every=4, ema_decay=0.5)
+    return text_run(objective, network, progress=False, **numbers)
 
 
 def distil(run, start):

@@ -1,28 +1,22 @@
 "Classes and guidance: exact laws in a world of nine texts, and the refusals."
 
-import itertools
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 from scipy.stats import chi2
 
+from dlm.diffusion import enumeration
 from dlm.diffusion.classification import NoisyClassification
+from dlm.diffusion.classifier_guidance import ExactGuidance, FirstOrderGuidance, exact_tilt, first_order_tilt
+from dlm.diffusion.conditioning import ClassDropout, Conditioned, drop_labels
 from dlm.diffusion.corruption import Absorbing, Uniform
-from dlm.diffusion.guidance import (
-    ClassifierFree,
-    ExactGuidance,
-    FirstOrderGuidance,
-    exact_tilt,
-    first_order_tilt,
-    mixture,
-)
+from dlm.diffusion.enumeration import World, distance
+from dlm.diffusion.guidance import ClassifierFree, mixture
 from dlm.diffusion.objectives import AR, MDLM
 from dlm.diffusion.uniform import UDLM
 from dlm.foundations.configuration import build, describe
 from dlm.models.classifier import Classifier, ClassifierConfig
-from dlm.diffusion.conditioning import ClassDropout, Conditioned, drop_labels
 from dlm.models.dit import DiT, DiTConfig
 from dlm.sampling.ancestral import Ancestral, Stepwise, last
 from dlm.sampling.canvas import Canvas, blank
@@ -34,11 +28,9 @@ from dlm.sampling.scores import Analytic, Euler
 from dlm.training.settings import TrainingConfig
 from dlm.training.trainer import DiffusionTrainer
 
-K, L, CLASSES = 3, 2, 2  # symbols, tokens of a text, classes
-TEXTS = torch.tensor(list(itertools.product(range(K), repeat=L)))
-JOINT = torch.rand(CLASSES, K**L, generator=torch.Generator().manual_seed(5), dtype=torch.float64).pow(3)
-JOINT /= JOINT.sum()
-OF_CLASS = JOINT / JOINT.sum(1, keepdim=True)
+WORLD = World()
+K, L, CLASSES = WORLD.symbols, WORLD.length, WORLD.classes
+TEXTS, JOINT, OF_CLASS = WORLD.texts, WORLD.joint, WORLD.of_class
 
 OBJECTIVES = {"absorbing": MDLM(Absorbing(K, K + 1)), "uniform": UDLM(Uniform(K))}
 
@@ -48,69 +40,26 @@ def objective(request):
     return OBJECTIVES[request.param]
 
 
-def evidence(process, z, sigma):
-    "q(z^l | x^l) for each text, [B, texts, L]"
-    alpha = torch.exp(-sigma.double())[:, None, None]
-    same = (z[:, None] == TEXTS).double()
-    return alpha * same + (1 - alpha) * process.prior_probs(same)[z][:, None]
-
-
-class PerfectNetwork:
-    "The best denoiser, p(x^l | the other tokens, class); its hidden states are logits"
-
-    head = staticmethod(lambda hidden: hidden)
+class PerfectNetwork(enumeration.PerfectNetwork):
+    "The best denoiser, which counts how often it is asked"
 
     def __init__(self, process):
-        self.process, self.calls = process, 0
-        self.config = SimpleNamespace(num_classes=CLASSES, vocab_size=process.vocab_size, causal=False)
+        super().__init__(WORLD, process)
+        self.calls = 0
 
-    def hidden(self, ids, sigma=None, positions=None, label=None):
+    def hidden(self, *args, **options):
         self.calls += 1
-        label = torch.full((len(ids),), CLASSES) if label is None else label
-        prior, seen = torch.cat([JOINT, JOINT.sum(0, keepdim=True)])[label], evidence(self.process, ids, sigma)
-        out = torch.full((*ids.shape, self.process.vocab_size), -math.inf, dtype=torch.float64)
-        for place, token in itertools.product(range(L), range(K)):
-            others = prior * seen[..., 1 - place]
-            out[:, place, token] = others[:, TEXTS[:, place] == token].sum(-1).log()
-        return out if positions is None else out[positions]
+        return super().hidden(*args, **options)
 
 
-class PerfectClassifier:
-    "The best classifier of noisy texts and of mixtures of them"
-
-    def __init__(self, process):
-        self.process, self.table = process, torch.eye(process.vocab_size, dtype=torch.float64)
-        self.config = SimpleNamespace(num_classes=CLASSES, vocab_size=process.vocab_size)
-        self.vocab_embed = SimpleNamespace(embedding=self.table)
-
-    def log_probs(self, ids, sigma):
-        shares = ids if ids.is_floating_point() else self.table[ids]
-        tokens = range(self.process.vocab_size)
-        flat = torch.stack([evidence(self.process, torch.full(shares.shape[:2], v), sigma) for v in tokens], 1)
-        seen = torch.einsum("blv,bvxl->bxl", shares, flat).prod(-1)
-        return torch.einsum("cx,bx->bc", JOINT, seen).log().log_softmax(-1)
+def PerfectClassifier(process):
+    return enumeration.PerfectClassifier(WORLD, process)
 
 
 def law_of(network, objective, steps):
-    "Exact law of what an ancestral walk writes: the product of its steps' matrices"
-    V = objective.corruption.vocab_size
-    states = torch.tensor(list(itertools.product(range(V), repeat=L)))
-    everywhere = torch.ones_like(states, dtype=torch.bool)
-    law = objective.corruption.prior_probs(torch.zeros(1, dtype=torch.float64))[states].prod(-1)
-    times = [*torch.linspace(1, 1e-5, steps + 1, dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64)]
-    for t, s in itertools.pairwise(times):
-        sigma = objective.schedule.sigma(t).expand(len(states))
-        logits = network.head(network.hidden(states, sigma=sigma, positions=everywhere))
-        step = objective.step_law(logits, states[everywhere], t, s).unflatten(0, states.shape)
-        torch.testing.assert_close(step.sum(-1), torch.ones_like(step[..., 0]))
-        law = law @ torch.stack([step[:, p][:, states[:, p]] for p in range(L)]).prod(0)
-    clean = (states < K).all(1)
-    assert law[~clean].sum() < 1e-12, "a mask was left"
-    return law[clean]
-
-
-def distance(p, q):
-    return ((p - q).abs().sum() / 2).item()
+    law = enumeration.law_of(WORLD, network, objective, steps)
+    assert abs(law.sum() - 1) < 1e-9, "a mask was left, or a step is no law"
+    return law
 
 
 def passes(ids, law):
@@ -273,13 +222,13 @@ def test_first_order_tilt_is_the_slope_for_the_one_hot_text():
 def test_the_tilts_agree_where_the_class_is_linear_in_the_tokens():
     scores = torch.randn(L, K + 1, CLASSES, dtype=torch.float64)
 
-    class Linear(PerfectClassifier):
+    class Linear(enumeration.PerfectClassifier):
         def log_probs(self, ids, sigma):
             shares = ids if ids.is_floating_point() else self.table[ids]
             return torch.einsum("blv,lvc->bc", shares, scores)
 
     ids, where = torch.randint(K + 1, (6, L)), torch.rand(6, L) < 0.7
-    classifier = Linear(Absorbing(K, K + 1))
+    classifier = Linear(WORLD, Absorbing(K, K + 1))
     both = [tilt(classifier, 0, ids, torch.ones(6), where) for tilt in (exact_tilt, first_order_tilt)]
     torch.testing.assert_close(*both)
 

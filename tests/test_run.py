@@ -8,36 +8,19 @@ import pytest
 import torch
 
 from dlm.data.packing import Packing
-from dlm.data.text import corpus_alphabet, tiny_shakespeare
-from dlm.data.tokenizers import character_tokenizer, mask_id_and_size
+from dlm.data.tokenizers import mask_id_and_size
 from dlm.diffusion.corruption import Absorbing
 from dlm.diffusion.objectives import AR, MDLM
 from dlm.diffusion.schedules import Cosine
 from dlm.evaluation.likelihood import likelihood
-from dlm.models.dit import DiTConfig
 from dlm.training.reports import read_log
-from dlm.training.run import Run, check_fit, load_trained, open_data, perform, read_run, train, write_run
-from dlm.training.settings import TrainingConfig
+from dlm.training.run import check_fit, load_trained, open_data, perform, read_run, train, write_run
 
 
 @pytest.fixture
-def tokenizer():
-    return character_tokenizer(corpus_alphabet(tiny_shakespeare()))
-
-
-@pytest.fixture
-def run(tokenizer, monkeypatch, tmp_path):
-    monkeypatch.setenv("DLM_CACHE", str(tmp_path / "cache"))
-    mask_id, size = mask_id_and_size(tokenizer)
-    shape = dict(hidden_size=32, n_blocks=2, n_heads=2, cond_dim=8, length=32, dropout=0.0)
-    numbers = dict(steps=6, batch_size=8, lr=1e-3, warmup_steps=2, precision="fp32", eval_every=3, save_every=3)
-    return Run(
-        MDLM(Absorbing(mask_id, size)),
-        DiTConfig(vocab_size=size, **shape),
-        tiny_shakespeare(held_out=0.002),
-        Packing(32),
-        TrainingConfig(log_every=1, **numbers),
-    )
+def run(text_run, tokenizer):
+    objective, network = MDLM(Absorbing(*mask_id_and_size(tokenizer))), dict(n_blocks=2, dropout=0.0)
+    return text_run(objective, network, steps=6, lr=1e-3, warmup_steps=2, eval_every=3, save_every=3)
 
 
 def test_two_processes_train_together_and_the_result_loads(run, tokenizer, tmp_path):

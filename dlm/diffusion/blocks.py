@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['in_sight', 'training_mask', 'reading_mask', 'Clipped', 'Unweighted', 'masked_within', 'check_blocks', 'check_untimed',
-           'BlockDiffusion', 'block_times', 'hide', 'block_hidden', 'block_loss', 'intervals', 'choose_interval']
+           'BlockDiffusion', 'block_times', 'hide', 'block_hidden', 'block_loss']
 
 # %% ../../nbs/diffusion/11_blocks.ipynb #91929f24
 import math
@@ -125,7 +125,7 @@ def masked_within(
     order = torch.rand(*chance.shape, block_size, generator=generator, device=chance.device)
     return (order.argsort(-1).argsort(-1) < count).flatten(1)
 
-# %% ../../nbs/diffusion/11_blocks.ipynb #3180b38a
+# %% ../../nbs/diffusion/11_blocks.ipynb #68900c9c
 def check_blocks(
     objective,  # a `BlockDiffusion`
 ):
@@ -143,7 +143,7 @@ def check_blocks(
         if getattr(times, "resample", False):
             times.counts(size)
 
-
+# %% ../../nbs/diffusion/11_blocks.ipynb #b1be78b4
 def check_untimed(
     objective,  # a `BlockDiffusion`
     config,  # of the network it is to be used with
@@ -186,7 +186,7 @@ class BlockDiffusion(MDLM):
         "Draw times and noise, ask the network, return the bound per token; see `block_loss`"
         return block_loss(self, network, ids, valid, generator, t)
 
-# %% ../../nbs/diffusion/11_blocks.ipynb #02f7140e
+# %% ../../nbs/diffusion/11_blocks.ipynb #0a8a2c9a
 def block_times(
     objective: BlockDiffusion,  # how times are drawn
     ids: Tensor,  # clean ids, [B, L]
@@ -204,7 +204,7 @@ def block_times(
         raise ValueError(f"times {tuple(t.shape)} for {B} texts of {L // size} blocks: pass [B] or [B, blocks]")
     return t.repeat_interleave(size, 1)
 
-
+# %% ../../nbs/diffusion/11_blocks.ipynb #f06d336e
 def hide(
     objective: BlockDiffusion,  # corruption and schedule
     ids: Tensor,  # clean ids, [B, L]
@@ -220,7 +220,7 @@ def hide(
         z = objective.corruption.corrupt(ids, objective.schedule.alpha(t), generator)
     return torch.cat([ids[:, :1], z[:, 1:]], 1) if objective.first_visible else z
 
-# %% ../../nbs/diffusion/11_blocks.ipynb #9abbfc58
+# %% ../../nbs/diffusion/11_blocks.ipynb #7ec82c75
 def block_hidden(
     network,  # a denoiser
     z: Tensor,  # noisy ids, [B, L]
@@ -235,7 +235,7 @@ def block_hidden(
     hidden = network.hidden(torch.cat([z, ids], 1), attention=mask, places=places, positions=positions)
     return hidden[:, :L] if asked is None else hidden
 
-
+# %% ../../nbs/diffusion/11_blocks.ipynb #6bd1d4a1
 def block_loss(
     objective: BlockDiffusion,  # the method
     network,  # a denoiser: `hidden` and `head`
@@ -255,37 +255,3 @@ def block_loss(
     hidden = block_hidden(network, z, ids, objective.block_size, asked)
     nats = objective.rows(network.head, hidden, ids[asked], z[asked], t[asked])
     return Loss(torch.zeros(ids.shape, dtype=nats.dtype, device=ids.device).masked_scatter(asked, nats), valid)
-
-# %% ../../nbs/diffusion/11_blocks.ipynb #87e9d790
-def intervals(
-    widths: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9),  # lengths of the intervals
-    step: float = 0.05,  # distance of their beginnings
-) -> list[Clipped]:  # all of them, and the whole of time
-    "The intervals that BD3-LM chooses from"
-    starts = [(i * step, width) for width in widths for i in range(int((1 - width) / step + 1e-6) + 1)]
-    return [Clipped(round(max(low, 1e-3), 6), round(min(low + width, 1), 6)) for low, width in [*starts, (0, 1)]]
-
-
-@torch.no_grad()
-def choose_interval(
-    network,  # a denoiser
-    objective: BlockDiffusion,  # the objective it is trained with
-    data,  # rows with `ids`
-    candidates: list[Clipped] | None = None,  # None: `intervals()`
-    batches: int = 8,  # batches to look at; 100 in the paper
-    batch_size: int = 64,  # texts in each
-    seed: int = 0,  # of texts and masks
-) -> dict[Clipped, tuple[float, float]]:  # variance of a block's loss, and its standard error, the least first
-    "How much the loss of a block varies when times come from each interval (BD3-LM, section 5.3)"
-    candidates = intervals() if candidates is None else candidates
-    device, found = next(network.parameters()).device, torch.zeros(len(candidates), batches, dtype=torch.float64)
-    for b in range(batches):
-        rows = torch.randint(len(data), (batch_size,), generator=torch.Generator().manual_seed(seed + b))
-        ids = torch.stack([torch.as_tensor(data[i]["ids"]) for i in rows.tolist()]).to(device)
-        for c, times in enumerate(candidates):
-            asked = replace(objective, training=times).in_training(0)
-            loss = asked(network, ids, generator=torch.Generator(device).manual_seed(seed + b)).per_token
-            found[c, b] = loss.unflatten(1, (-1, objective.block_size)).mean(-1).var()
-    errors = found.std(1) / batches**0.5 if batches > 1 else torch.full((len(candidates),), math.nan)
-    order = found.mean(1).argsort()
-    return {candidates[c]: (found[c].mean().item(), errors[c].item()) for c in order.tolist()}

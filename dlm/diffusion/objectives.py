@@ -175,7 +175,7 @@ class MDLM(Diffusion):
         nll = head_cross_entropy(head, hidden, x, forbidden=self.corruption.mask_id)
         return nll * loss_weight(self.schedule, t, self.steps).to(nll.dtype)
 
-# %% ../../nbs/diffusion/04_objectives.ipynb #6afaf0c3
+# %% ../../nbs/diffusion/04_objectives.ipynb #bf3eba29
 @dataclass(frozen=True)
 class AR:
     "Left-to-right language model; the likelihood is exact"
@@ -192,7 +192,6 @@ class AR:
 
     def times(self, n, generator=None, device=None) -> None:
         "There are none"
-        return None
 
     def log_x0(self, logits: Tensor, z: Tensor | None = None, t=None) -> Tensor:
         "Log-probabilities of the next token, [..., V]"

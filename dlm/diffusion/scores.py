@@ -71,7 +71,7 @@ def score_of(
     noisy = alpha * log_x0.exp() + (1 - alpha) * corruption.prior_probs(log_x0)
     return noisy / noisy.gather(-1, z[..., None])
 
-# %% ../../nbs/diffusion/06_scores.ipynb #a685db44
+# %% ../../nbs/diffusion/06_scores.ipynb #857d6761
 def reverse_rate(
     corruption: Absorbing | Uniform,  # the chain
     score: Tensor,  # ratios $p_t(y)/p_t(z)$, [..., V]
@@ -81,7 +81,7 @@ def reverse_rate(
     jumps = (rate_into(corruption, z, score.dtype) * score).scatter(-1, z[..., None], 0.0)
     return jumps.scatter(-1, z[..., None], -jumps.sum(-1, keepdim=True))
 
-
+# %% ../../nbs/diffusion/06_scores.ipynb #dacab3d5
 def staggered_score(
     corruption: Absorbing | Uniform,  # the chain
     score: Tensor,  # ratios $p_t(y)/p_t(z)$, [..., V]
