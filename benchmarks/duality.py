@@ -7,20 +7,20 @@ over threads, do not count what else the machine does. A `limit` is the largest 
 """
 
 import json
-import time
 
 import torch
 from measure import arguments, in_child, mean, peak_mib, plus_minus, ratio, report, table, timed
+from measure.steps import in_turns, record
 
 from dlm.diffusion.corruption import Uniform
 from dlm.diffusion.curriculum import DUO
 from dlm.diffusion.duality import Duality, operator, operator_table
 from dlm.diffusion.objectives import spread
 from dlm.diffusion.uniform import UDLM
-from dlm.models.dit import DiT, DiTConfig
 
 VARIANTS = ("udlm", "plain", "topk", "dense")
-LIMITS = {"topk": dict(cpu_seconds=1.1, peak_mib=1.05, step_mib=1.05)}
+LIMITS = {"topk": dict(seconds=1.1, cpu_seconds=1.1, peak_mib=1.05, step_mib=1.05)}
+NAMES = {"plain": "UDLM, plain", "topk": "DUO, top-k", "dense": "DUO, dense"}
 COLUMNS = (
     ("seconds", "s/step", 3),
     ("cpu_seconds", "CPU s", 3),
@@ -49,49 +49,27 @@ def plain_loss(objective, network, ids):
     return objective.token_loss(network(z, objective.schedule.sigma(t).float()), ids, z, t).mean()
 
 
-def step(variant, objective, network, optimizer, ids):
-    "Forward, backward and update"
-    asked = objective.in_training(0)
-    value = plain_loss(objective, network, ids) if variant == "plain" else asked(network, ids).mean()
-    value.backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return value.item()
-
-
 def work(task):
     "Train for a few steps: their seconds and the peak memory"
-    imported = peak_mib()
-    torch.manual_seed(task["seed"])
-    V, variant = task["vocab_size"], task["variant"]
-    corruption = Uniform(V)
-    objective = DUO(corruption, top_k=None if variant == "dense" else 2)
-    objective = objective if variant in ("topk", "dense") else UDLM(corruption)
-    network = DiT(DiTConfig.tiny(vocab_size=V, length=task["length"], time_conditioning=True))
-    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-4, fused=True)
-    weights = sum(p.numel() * p.element_size() for p in network.parameters()) / 2**20
-    ids = torch.randint(V, (task["batch"], task["length"]))
-    seconds, cpu_seconds = [], []
-    for _ in range(task["steps"] + 1):
-        start = time.process_time()
-        seconds.append(timed(step, variant, objective, network, optimizer, ids)[1])
-        cpu_seconds.append(time.process_time() - start)
-    return dict(
-        seconds=seconds[1:],
-        cpu_seconds=cpu_seconds[1:],
-        peak_mib=peak_mib(),
-        step_mib=max(peak_mib() - imported - 3 * weights, 1.0),
-    )
+    imported, variant = peak_mib(), task["variant"]
+    corruption = Uniform(task["vocab_size"])
+    if variant in ("topk", "dense"):
+        asked = DUO(corruption, top_k=2 if variant == "topk" else None).in_training(0)
+    else:
+        asked = UDLM(corruption)
+
+    def loss(network, ids):
+        return plain_loss(asked, network, ids) if variant == "plain" else asked(network, ids).mean()
+
+    return record(loss, task, task["vocab_size"], imported, time_conditioning=True)
 
 
 def measure(args, **shape):
     "Seconds and memory of each variant as (value, standard error)"
-    runs, run = {variant: [] for variant in VARIANTS}, in_child(args, work, __file__)
-    for turn in range(args.repeats):
-        for variant in VARIANTS:
-            runs[variant].append(run(shape | dict(variant=variant, steps=args.steps, seed=args.seed + turn)))
+    common = shape | dict(size="tiny", steps=args.steps, warm_up=shape["batch"])
+    tasks = {variant: common | dict(variant=variant) for variant in VARIANTS}
     found = {}
-    for variant, children in runs.items():
+    for variant, children in in_turns(in_child(args, work, __file__), tasks, args.repeats, args.seed).items():
         found[variant] = {what: mean([child[what] for child in children]) for what in ("peak_mib", "step_mib")}
         for what in ("seconds", "cpu_seconds"):
             found[variant][what] = mean([min(child[what]) for child in children])
@@ -107,11 +85,10 @@ def compare(found, smoke):
             over, limit = ratio(numbers[what], found["udlm"][what]), LIMITS.get(variant, {}).get(what)
             if variant != "udlm":
                 limit_here = None if smoke else limit
-                name = f"{what}, {variant} / udlm"
+                name = f"step of {NAMES[variant]} / UDLM: {what}"
                 ratios.append(dict(name=name, value=over[0], standard_error=over[1], wanted=limit_here))
             row |= {title: plus_minus(numbers[what], digits), f"{title} ratio": plus_minus(over)}
-            if what != "seconds":
-                row[f"{title} limit"] = limit or ""
+            row[f"{title} limit"] = limit or ""
         rows.append(row)
     return rows, ratios
 

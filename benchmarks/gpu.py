@@ -14,10 +14,15 @@ V d those of the head, two numbers are given per step of N sequences:
 Only the second says how busy the device is; the goal (half of the peak for the 170 M network on an H200) is set for it.
 Embeddings, norms, modulations and the optimiser count as nothing. The peak is the dense bfloat16 figure of the data sheet where
 the device is known, and else that of a large matrix product, measured.
+
+One line does it all, in about five minutes on an H100 or H200; the file is written after every variant, and none is begun after
+`--minutes`, so that a limit on the time loses nothing:
+
+    python benchmarks/gpu.py --out FOLDER
 """
 
 import gc
-import sys
+import time
 
 import torch
 from measure import arguments, mean, plus_minus, ratio, report, table, timed
@@ -127,74 +132,70 @@ def train(args, objective, compiled=False, batch=None, **changes):
     return network.config, dict(seconds=mean(seconds), memory_mib=memory_mib())
 
 
-def training(args, peak):
-    "The masked objective, eager and compiled, with both utilisations"
-    objective, found = MDLM(Absorbing(args.vocab_size - 1, args.vocab_size)), {}
+def training(args, peak, name):
+    "The masked objective, eager or compiled, with both utilisations"
+    objective = MDLM(Absorbing(args.vocab_size - 1, args.vocab_size))
     share = (1 - objective.schedule.alpha(objective.times(10_000))).mean().item()
-    for name in ("eager", "compiled"):
-        config, numbers = train(args, objective, compiled=name == "compiled")
-        seconds, error = numbers["seconds"]
-        work = {
-            "usual": flops(config, args.batch, args.length, 1.0),
-            "computed": flops(config, args.batch, args.length, share),
-        }
-        tokens = args.batch * args.length
-        found[name] = numbers | dict(
-            tokens_per_second=ratio((tokens, 0.0), (seconds, error)),
-            mfu_usual=ratio((work["usual"] / peak, 0.0), (seconds, error)),
-            mfu_computed=ratio((work["computed"] / peak, 0.0), (seconds, error)),
-            flops=work,
-        )
-    return found
+    config, numbers = train(args, objective, compiled=name == "compiled")
+    work = {
+        "usual": flops(config, args.batch, args.length, 1.0),
+        "computed": flops(config, args.batch, args.length, share),
+    }
+    rates = {f"mfu_{which}": ratio((n / peak, 0.0), numbers["seconds"]) for which, n in work.items()}
+    tokens = ratio((args.batch * args.length, 0.0), numbers["seconds"])
+    return numbers | rates | dict(tokens_per_second=tokens, flops=work)
 
 
-def sampling(args):
+def sampling(args, name):
     "Seconds for a batch of texts, and network evaluations for each"
-    V, found = args.vocab_size, {}
-    for objective in (MDLM(Absorbing(V - 1, V)), UDLM(Uniform(V))):
-        clean()
-        network = network_for(args, time_conditioning=objective.needs_time).train(False)
-        g, canvas = torch.Generator(DEVICE).manual_seed(args.seed), blank(args.texts, args.length).to(DEVICE)
-
-        def write(steps, network=network, objective=objective, canvas=canvas, g=g):
-            with half():
-                for state in Ancestral(steps).states(network, objective, canvas, g):  # noqa: B007
-                    pass
-            wait()
-            return state
-
-        write(2)
-        state, seconds = timed(write, args.sampling_steps)
-        nfe = mean(state.nfe.double().tolist())
-        found[type(objective).__name__] = dict(seconds=(seconds, None), nfe=nfe, memory_mib=memory_mib())
-    return found
-
-
-def curriculum(args):
-    "Steps of uniform diffusion, and of DUO's curriculum from two coordinates or from all, with a quarter of the batch"
+    clean()
     V = args.vocab_size
-    bound, found = UDLM(Uniform(V)), {}
-    objectives = {"bound": bound}
-    for name, top_k in (("top_2", 2), ("dense", None)):
-        objectives[name] = DUO(Uniform(V), duality=Duality(V), top_k=top_k).in_training(0)
-    for name, objective in objectives.items():
-        _, found[name] = train(args, objective, batch=max(1, args.batch // 4), time_conditioning=True)
-    return found
+    objective = MDLM(Absorbing(V - 1, V)) if name == "MDLM" else UDLM(Uniform(V))
+    network = network_for(args, time_conditioning=objective.needs_time).train(False)
+    g, canvas = torch.Generator(DEVICE).manual_seed(args.seed), blank(args.texts, args.length).to(DEVICE)
+
+    def write(steps):
+        with half():
+            for state in Ancestral(steps).states(network, objective, canvas, g):  # noqa: B007
+                pass
+        wait()
+        return state
+
+    write(2)
+    state, seconds = timed(write, args.sampling_steps)
+    return dict(seconds=(seconds, None), nfe=mean(state.nfe.double().tolist()), memory_mib=memory_mib())
+
+
+def curriculum(args, name):
+    "Steps of uniform diffusion, or of DUO's curriculum from two coordinates or from all, with a quarter of the batch"
+    V = args.vocab_size
+    objective = UDLM(Uniform(V))
+    if name != "bound":
+        objective = DUO(Uniform(V), duality=Duality(V), top_k=2 if name == "top_2" else None).in_training(0)
+    return train(args, objective, batch=max(1, args.batch // 4), time_conditioning=True)[1]
 
 
 def ratios(args, about, results):
-    "What is compared, and what is wanted of a real run"
-    goal = 0.5 if args.size == "small" and "H200" in about["name"] else None
-    rows = [("utilisation (computed), compiled", results["training"]["compiled"]["mfu_computed"], goal)]
-    eager, compiled = (results["training"][name]["seconds"] for name in ("eager", "compiled"))
-    rows.append(("step, eager / compiled", ratio(eager, compiled), None))
-    bound, top, dense = (results["curriculum"][name] for name in ("bound", "top_2", "dense"))
-    wanted = 1.1 if DEVICE.type == "cuda" else None
-    rows.append(("DUO step, top 2 / bound", ratio(top["seconds"], bound["seconds"]), wanted))
-    rows.append(("DUO step, dense / top 2", ratio(dense["seconds"], top["seconds"]), None))
-    if bound["memory_mib"]:
-        rows.append(("DUO memory, top 2 / bound", (top["memory_mib"] / bound["memory_mib"], None), 1.05))
-        rows.append(("DUO memory, dense / top 2", (dense["memory_mib"] / top["memory_mib"], None), None))
+    "What is compared among the variants that have run, and what is wanted of a real run"
+    found = {(part, name): numbers for part, variants in results.items() for name, numbers in variants.items()}
+    rows = []
+
+    def compare(name, above, below, what="seconds", wanted=None):
+        pair = [found.get(key, {}).get(what) for key in (above, below)]
+        if None not in pair:
+            pair = [(v, None) if what == "memory_mib" else v for v in pair]
+            rows.append((name, ratio(*pair), wanted))
+
+    eager, compiled = (("training", name) for name in ("eager", "compiled"))
+    bound, top, dense = (("curriculum", name) for name in ("bound", "top_2", "dense"))
+    if compiled in found:
+        goal = 0.5 if args.size == "small" and "H200" in about["name"] else None
+        rows.append(("utilisation (computed), compiled", found[compiled]["mfu_computed"], goal))
+    compare("step, eager / compiled", eager, compiled)
+    compare("DUO step, top 2 / bound", top, bound, wanted=1.1 if DEVICE.type == "cuda" else None)
+    compare("DUO step, dense / top 2", dense, top)
+    compare("DUO memory, top 2 / bound", top, bound, "memory_mib", wanted=1.05)
+    compare("DUO memory, dense / top 2", dense, top, "memory_mib")
     named = (dict(name=name, value=v[0], standard_error=v[1], wanted=wanted) for name, v, wanted in rows)
     return [row | (dict(wanted=None) if args.smoke else {}) for row in named]
 
@@ -221,20 +222,32 @@ def settle(args):
     return {name: getattr(args, name) for name in defaults}
 
 
+def variants(args, peak):
+    "What there is to measure: its part, its name, and how"
+    for name in ("eager", "compiled"):
+        yield "training", name, lambda name=name: training(args, peak, name)
+    for name in ("bound", "top_2", "dense"):
+        yield "curriculum", name, lambda name=name: curriculum(args, name)
+    for name in ("MDLM", "UDLM"):
+        yield "sampling", name, lambda name=name: sampling(args, name)
+
+
 def main():
-    args = arguments(
-        __doc__.splitlines()[0], size="", length=0, batch=0, vocab_size=0, steps=0, sampling_steps=0, texts=0
-    )
-    parameters = settle(args)
-    about, results = device(256 if args.smoke else 2048), {}
+    whole = dict(size="", length=0, batch=0, vocab_size=0, steps=0, sampling_steps=0, texts=0, minutes=7.0)
+    args, start = arguments(__doc__.splitlines()[0], **whole), time.monotonic()
+    parameters, results = settle(args), {}
+    about = device(256 if args.smoke else 2048)
+    parameters |= dict(device=about, minutes=args.minutes)
     print(f"{about['name']}, peak {about['peak_flops']:.3g} FLOP/s ({about['peak_from']}); {parameters}")
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):  # else `positions` would break the graph
-        results["training"] = training(args, about["peak_flops"])
-    results["sampling"] = sampling(args)
-    results["curriculum"] = curriculum(args)
+        for part, name, measured in variants(args, about["peak_flops"]):
+            if time.monotonic() - start > 60 * args.minutes:
+                print(f"left out after {args.minutes:g} minutes: {part}, {name}")
+                continue
+            results.setdefault(part, {})[name] = measured()
+            report(args, parameters, results, ratios(args, about, results), unfinished=True)
     show(results)
-    command = " ".join(["python benchmarks/gpu.py", *sys.argv[1:]]).split(" --out")[0]
-    report(args, parameters | dict(device=about, command=command), results, ratios(args, about, results))
+    report(args, parameters, results, ratios(args, about, results))
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def measure(samplers, network, objective, args, count, length):
 
 def main():
     args = arguments(__doc__.splitlines()[0], repeats=6, size="tiny")
-    vocab_size, length, steps, count = (2000, 32, 200, 4)
+    vocab_size, length, steps, count = (2000, 32, 100, 4)
     if args.smoke:
         vocab_size, length, steps, count, args.repeats = 50, 8, 12, 2, 1
     network = network_for(args.size, vocab_size, length, args.seed)
@@ -63,7 +63,7 @@ def main():
     everything = members(steps)
     pair = {name: everything[name] for name in ("ancestral", "psi, kappa = 1")}
     few = {
-        name: type(s)(max(1, steps // 20), kappa=s.kappa) if isinstance(s, Psi) else Ancestral(max(1, steps // 20))
+        name: type(s)(max(1, steps // 10), kappa=s.kappa) if isinstance(s, Psi) else Ancestral(max(1, steps // 10))
         for name, s in pair.items()
     }
     results = dict(
@@ -94,7 +94,7 @@ def main():
                 }
             )
     print(
-        f"{count} texts of {length} tokens in {steps} steps ({max(1, steps // 20)} without masks), "
+        f"{count} texts of {length} tokens in {steps} steps ({max(1, steps // 10)} without masks), "
         f"vocabulary {vocab_size}, DiT {args.size}, {torch.get_num_threads()} threads"
     )
     table(rows)

@@ -142,7 +142,7 @@ def steps_between(length, steps):
 
 
 def main():
-    args = arguments(__doc__.splitlines()[0], full=False, repeats=2, timed_steps=12)
+    args = arguments(__doc__.splitlines()[0], full=False, repeats=2, timed_steps=6)
     vocab_size, length, steps, sizes = (50258, 256, 1000, ("tiny", "small"))
     if args.smoke:
         vocab_size, length, steps, sizes, args.repeats, args.timed_steps = 300, 16, 20, ("tiny",), 1, 3

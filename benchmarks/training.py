@@ -9,17 +9,21 @@ given without them.
 import json
 
 import torch
-from measure import arguments, in_child, mean, peak_mib, plus_minus, ratio, report, table, timed
+from measure import arguments, in_child, mean, peak_mib, plus_minus, ratio, report, table
+from measure.steps import in_turns, record
 from torch.nn import functional as F
 
 from dlm.diffusion import cross_entropy
 from dlm.diffusion.corruption import Absorbing
 from dlm.diffusion.objectives import MDLM, loss_weight
-from dlm.models.dit import DiT, DiTConfig
 
-VARIANTS = ("published", "everywhere", "masked", "fused")
+VARIANTS = {  # the small network beside what it does by default
+    "tiny": ("published", "everywhere", "masked", "fused"),
+    "small": ("published", "fused"),
+}
 BATCH = {"tiny": 4, "small": 16}  # small: enough tokens that logits outweigh the optimiser's moments
 STEPS = {"tiny": 3, "small": 1}
+WARM_UP = {"tiny": 4, "small": 1}  # texts of the first step, which is not timed
 WANTED = {
     "tiny": dict(tokens_per_second=1.4, peak_mib=0.65, step_mib=0.65),
     "small": dict(tokens_per_second=1.15, peak_mib=0.65, step_mib=0.65),
@@ -59,41 +63,22 @@ def our_loss(objective, network, ids):
     return objective(network, ids).mean()
 
 
-def step(loss, objective, network, optimizer, ids):
-    "Forward, backward and update"
-    value = loss(objective, network, ids)
-    value.backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return value.item()
-
-
 def work(task):
     "Train for a few steps: their seconds and the peak memory"
-    imported = peak_mib()
-    torch.manual_seed(task["seed"])
-    vocab_size = task["vocab_size"]
-    network = DiT(getattr(DiTConfig, task["size"])(vocab_size=vocab_size, length=task["length"]))
-    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-4, fused=True)
+    imported, vocab_size = peak_mib(), task["vocab_size"]
     objective = MDLM(Absorbing(vocab_size - 1, vocab_size))
     cross_entropy.FUSED_FROM = 0 if task["variant"] == "fused" else float("inf")
-    loss = dict(published=published_loss, everywhere=everywhere_loss).get(task["variant"], our_loss)
-    weights = sum(p.numel() * p.element_size() for p in network.parameters()) / 2**20
-    fixed = imported + 3 * weights
-    ids = torch.randint(vocab_size - 1, (task["batch"], task["length"]))
-    seconds = [timed(step, loss, objective, network, optimizer, ids)[1] for _ in range(task["steps"] + 1)][1:]
-    return dict(seconds=seconds, peak_mib=peak_mib(), step_mib=max(peak_mib() - fixed, 1.0))
+    chosen = dict(published=published_loss, everywhere=everywhere_loss).get(task["variant"], our_loss)
+    return record(lambda network, ids: chosen(objective, network, ids), task, vocab_size - 1, imported)
 
 
 def measure(size, args, vocab_size, length, batch):
     "Tokens per second and memory of each variant as (value, standard error)"
-    runs, run = {variant: [] for variant in VARIANTS}, in_child(args, work, __file__)
-    for turn in range(args.repeats):
-        for variant in VARIANTS:
-            task = dict(size=size, variant=variant, vocab_size=vocab_size, length=length, batch=batch)
-            runs[variant].append(run(task | dict(steps=min(args.steps, STEPS[size]), seed=args.seed + turn)))
+    common = dict(size=size, vocab_size=vocab_size, length=length, batch=batch, warm_up=WARM_UP[size])
+    common |= dict(steps=min(args.steps, STEPS[size]))
+    tasks = {variant: common | dict(variant=variant) for variant in VARIANTS[size]}
     found = {}
-    for variant, children in runs.items():
+    for variant, children in in_turns(in_child(args, work, __file__), tasks, args.repeats, args.seed).items():
         seconds = mean([s for child in children for s in child["seconds"]])
         memory = {what: mean([child[what] for child in children]) for what in ("peak_mib", "step_mib")}
         speed = ratio((batch * length, 0.0), seconds)
@@ -133,7 +118,8 @@ def main():
     print(f"training step, vocabulary {vocab_size}, L = {length}, float32, AdamW, {torch.get_num_threads()} threads;")
     print("step MiB is the peak without weights and moments; ratios are to `published`")
     table(rows)
-    parameters = dict(vocab_size=vocab_size, length=length, batch=batches, steps=STEPS, repeats=args.repeats)
+    parameters = dict(vocab_size=vocab_size, length=length, batch=batches, repeats=args.repeats)
+    parameters |= dict(steps={size: min(args.steps, STEPS[size]) for size in sizes}, warm_up=WARM_UP)
     report(args, parameters, results, ratios)
 
 

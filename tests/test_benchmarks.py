@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-KEYS = {"benchmark", "date", "smoke", "seed", "machine", "versions", "parameters", "results", "ratios"}
+KEYS = {"benchmark", "command", "date", "smoke", "seed", "machine", "versions", "parameters", "results", "ratios"}
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.py")))
@@ -18,6 +18,7 @@ def test_smoke(name, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / f"{name}.json").read_text())
     assert found.keys() == KEYS and found["benchmark"] == name and found["smoke"] is True
+    assert found["command"] == f"python benchmarks/{name}.py --smoke"
     assert {"processor", "cores", "threads", "memory_gib"} <= found["machine"].keys()
     assert found["versions"]["torch"] and found["results"] and found["ratios"]
     for ratio in found["ratios"]:

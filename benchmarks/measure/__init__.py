@@ -1,19 +1,13 @@
 "What every benchmark needs: times with an error, the peak memory of a child process, one table, one JSON file"
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import math
-import os
-import platform
 import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
-
-PACKAGES = ("dlm", "torch", "transformers", "datasets", "numpy")
 
 
 def arguments(description, **defaults):
@@ -73,37 +67,16 @@ def in_child(args, work, script):
     return work if args.smoke else run
 
 
-def processor():
-    "Name of the processor, as far as the system tells"
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())
-
-
-def machine():
-    "Where the numbers come from"
-    threads = os.environ.get("OMP_NUM_THREADS") or "default"
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return dict(
-        system=platform.platform(),
-        processor=processor(),
-        cores=os.cpu_count(),
-        threads=threads,
-        memory_gib=round(memory, 1),
-        load=load,
-    )
-
-
-def versions():
-    "Versions of Python and of the packages that matter"
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return dict(python=platform.python_version(), **found)
+def command(name):
+    "What to type for the same run, wherever its file shall go"
+    flags = iter(sys.argv[1:])
+    kept = []
+    for flag in flags:
+        if flag == "--out":
+            next(flags)
+        elif not flag.startswith("--out="):
+            kept.append(flag)
+    return " ".join(["python", f"benchmarks/{name}.py", *kept])
 
 
 def plus_minus(pair, digits=3):
@@ -122,21 +95,21 @@ def table(rows):
         print("  ".join(text.ljust(width) for text, width in zip(cell, widths, strict=True)).rstrip())
 
 
-def report(args, parameters, results, ratios):
+def report(args, parameters, results, ratios, unfinished=False):
     "Write the JSON file of this benchmark and say where; `ratios` have value, standard_error and wanted"
+    from dlm.foundations.results import write_results  # not above: `imports` measures what a first import costs
+
     name = Path(sys.argv[0]).stem
-    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{name}.json"
-    content = dict(
-        benchmark=name,
-        date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        smoke=args.smoke,
+    write_results(
+        path,
+        command=command(name),
         seed=args.seed,
-        machine=machine(),
-        versions=versions(),
         parameters=parameters,
+        benchmark=name,
+        smoke=args.smoke,
         results=results,
         ratios=ratios,
     )
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    print(f"written to {path}")
+    if not unfinished:
+        print(f"written to {path}")
