@@ -90,12 +90,12 @@ def test_exact_guidance_reaches_bayes_rule(objective):
     network, classifier = PerfectNetwork(objective.corruption), PerfectClassifier(objective.corruption)
     for label in range(CLASSES):
         guided = ExactGuidance(classifier, label).guide(network, objective)
-        errors = [distance(law_of(*guided, steps), OF_CLASS[label]) for steps in (50, 500)]
-        assert errors[1] < 0.004 and errors[1] < errors[0] / 5
+        errors = [distance(law_of(*guided, steps), OF_CLASS[label]) for steps in (20, 200)]
+        assert errors[1] < 0.01 and errors[1] < errors[0] / 5
 
 
 def test_every_sampled_law_is_the_exact_one(objective):
-    n, steps = 10_000, 12
+    n, steps = 4_000, 12
     for i, kind in enumerate(kinds(objective.corruption)):
         guided = kind.guide(PerfectNetwork(objective.corruption), objective)
         state = last(Ancestral(steps).states(*guided, blank(n, L), torch.Generator().manual_seed(i)))
@@ -107,7 +107,7 @@ def test_every_sampled_law_is_the_exact_one(objective):
 def test_exact_guidance_samples_the_class(objective):
     guided = ExactGuidance(PerfectClassifier(objective.corruption), 1)
     guided = guided.guide(PerfectNetwork(objective.corruption), objective)
-    state = last(Ancestral(100).states(*guided, blank(2000, L), torch.Generator().manual_seed(0)))
+    state = last(Ancestral(50).states(*guided, blank(600, L), torch.Generator().manual_seed(0)))
     assert passes(state.ids, OF_CLASS[1]) and not passes(state.ids, JOINT.sum(0))
 
 
