@@ -15,7 +15,7 @@ from typing import Any
 
 from .files import write_json
 
-# %% ../../nbs/foundations/03_results.ipynb #21864c7c
+# %% ../../nbs/foundations/03_results.ipynb #2c75e045
 def processor() -> str:
     "Name of the processor, as far as the system tells"
     info = Path("/proc/cpuinfo")
@@ -31,7 +31,7 @@ def memory_gib() -> float | None:
     except (AttributeError, ValueError, OSError):
         return None
 
-
+# %% ../../nbs/foundations/03_results.ipynb #56241930
 def machine() -> dict:  # as JSON values
     "The machine this runs on, and how busy it is"
     import torch

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['written_chance', 'largest_sigma', 'Remasking', 'within', 'Constant', 'Cap', 'Rescale', 'RescaleTwice',
-           'ForwardBackward', 'Loop', 'FlowCorrector', 'AtTime', 'AtAlpha', 'Phases']
+           'ForwardBackward', 'looped', 'Loop', 'FlowCorrector', 'AtTime', 'AtAlpha', 'thirds', 'Phases']
 
 # %% ../../nbs/sampling/07_remasking.ipynb #0cc4c8ac
 from dataclasses import dataclass
@@ -73,7 +73,7 @@ class Constant(Remasking):
         "The schedule as shares of the posterior"
         return torch.full_like(times, self.kappa)
 
-# %% ../../nbs/sampling/07_remasking.ipynb #ada450a1
+# %% ../../nbs/sampling/07_remasking.ipynb #bdce07bb
 @dataclass(frozen=True)
 class Cap(Remasking):
     "$\\sigma=\\min(\\eta,\\sigma_{max})$ (ReMDM-cap; DUO's `max-capped` and `constant-remdm`)"
@@ -87,7 +87,7 @@ class Cap(Remasking):
         "Chance of remasking in each step, [N]"
         return torch.full_like(alpha_t, self.eta)
 
-
+# %% ../../nbs/sampling/07_remasking.ipynb #a853da2e
 @dataclass(frozen=True)
 class Rescale(Cap):
     "$\\sigma=\\eta\\,\\sigma_{max}$ (ReMDM-rescale)"
@@ -109,7 +109,7 @@ class RescaleTwice(Cap):
         "Chance of remasking in each step, [N]"
         return self.eta * largest_sigma(alpha_t, alpha_s).clamp_max(self.eta)
 
-
+# %% ../../nbs/sampling/07_remasking.ipynb #0c7f5c6b
 @dataclass(frozen=True)
 class ForwardBackward(Remasking):
     "$\\sigma=(\\alpha_s-\\alpha_t)/\\alpha_t$: a step back after each step forward (ReMDM, section 4; Campbell et al., 2022)"
@@ -118,7 +118,19 @@ class ForwardBackward(Remasking):
         "Chance of remasking in each step, [N]"
         return (alpha_s - alpha_t) / alpha_t
 
-# %% ../../nbs/sampling/07_remasking.ipynb #df7c9eb4
+# %% ../../nbs/sampling/07_remasking.ipynb #384e9678
+def looped(
+    u: Tensor,  # time of the walk, from 1 to 0
+    t_on: float,  # time at which the loop begins
+    t_off: float,  # time at which it ends
+    alpha_on: float,  # share of clean tokens in between
+) -> Tensor:  # share of clean tokens, like u
+    "How much of the text is written at each time of a walk with a loop (ReMDM-loop)"
+    rise = alpha_on * (1 - u) / (1 - t_on)
+    finish = 1 - (1 - alpha_on) * u / t_off
+    return torch.where(u > t_on, rise, finish.clamp_min(alpha_on))
+
+# %% ../../nbs/sampling/07_remasking.ipynb #b4db0fc4
 @dataclass(frozen=True)
 class Loop(Cap):
     "Write until `alpha_on`, stay there and remask, finish (ReMDM-loop)"
@@ -134,15 +146,9 @@ class Loop(Cap):
         if not 0 < self.t_off < self.t_on < 1:
             raise ValueError(f"a loop from t_on {self.t_on} to t_off {self.t_off} must go down within (0, 1)")
 
-    def alpha(self, u: Tensor) -> Tensor:
-        "Share of clean tokens at time `u` of the walk"
-        rise = self.alpha_on * (1 - u) / (1 - self.t_on)
-        finish = 1 - (1 - self.alpha_on) * u / self.t_off
-        return torch.where(u > self.t_on, rise, finish.clamp_min(self.alpha_on))
-
     def times(self, steps, eps, schedule):
         "The times of the walk, [N + 1]"
-        return schedule.time(self.alpha(grid(steps, eps))).clamp(0, 1)
+        return schedule.time(looped(grid(steps, eps), self.t_on, self.t_off, self.alpha_on)).clamp(0, 1)
 
     def sigma(self, times, alpha_t, alpha_s):
         "Chance of remasking in each step, [N]"
@@ -199,7 +205,17 @@ class AtAlpha(AtTime):
         "The time at which that share is reached"
         return schedule.time(torch.tensor(self.where, dtype=torch.float64)).item()
 
-# %% ../../nbs/sampling/07_remasking.ipynb #d5c0159b
+# %% ../../nbs/sampling/07_remasking.ipynb #559e7782
+def thirds(
+    n: int,  # times of a grid
+    high_share: float,  # share of the first phase
+    middle_share: float,  # share of the second
+) -> list[int]:  # their numbers
+    "How many times of a grid each of three phases has (DUO, code)"
+    high, middle = round(high_share * n), round(middle_share * n)
+    return [high, middle, n - high - middle]
+
+# %% ../../nbs/sampling/07_remasking.ipynb #9222dbdd
 @dataclass(frozen=True)
 class Phases(Remasking):
     "Three phases with a schedule each (DUO, `psi` of the sampling configuration)"
@@ -215,20 +231,16 @@ class Phases(Remasking):
         within("high_share", self.high_share, 0, 1)
         within("middle_share", self.middle_share, 0, 1 - self.high_share)
 
-    def sizes(self, n: int) -> list[int]:
-        "How many of `n` times each phase has"
-        high, middle = round(self.high_share * n), round(self.middle_share * n)
-        return [high, middle, n - high - middle]
-
     def times(self, steps, eps, schedule):
         "The times of the walk, [N + 1]"
         if self.still is None:
             return grid(steps, eps)
         ends = [(1.0, c := self.still.time(schedule)), (c, c), (c, eps)]
-        parts = zip(ends, self.sizes(steps + 1), strict=True)
+        parts = zip(ends, thirds(steps + 1, self.high_share, self.middle_share), strict=True)
         return torch.cat([torch.linspace(*pair, n, dtype=torch.float64) for pair, n in parts])
 
     def kappas(self, times, schedule):
         "The schedule as shares of the posterior"
-        parts = zip((self.high, self.middle, self.low), times.split(self.sizes(len(times))), strict=True)
+        phases = times.split(thirds(len(times), self.high_share, self.middle_share))
+        parts = zip((self.high, self.middle, self.low), phases, strict=True)
         return torch.cat([part.kappas(phase, schedule) for part, phase in parts if len(phase)])

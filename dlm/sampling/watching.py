@@ -15,13 +15,13 @@ from pathlib import Path
 from ..foundations.files import atomic_path
 from .ancestral import State
 
-# %% ../../nbs/sampling/05_watching.ipynb #97c530fd
+# %% ../../nbs/sampling/05_watching.ipynb #180f02a5
 @dataclass(frozen=True)
 class Film:
     "The states of one text, ready to be shown"
 
-    start: list[str | None]  # pieces of text given at the start, None for a mask
-    steps: list[tuple[float, int, dict[int, str]]]  # time, network evaluations and pieces written, for each step
+    start: list[str | None]  # pieces of text at the start, None for a mask
+    steps: list[tuple[float, int, dict[int, str | None]]]  # time, network evaluations and changed pieces of each step
     title: str = ""  # shown above the text
 
     def frame(self, step: int, mask: str = "·") -> str:
@@ -45,22 +45,26 @@ class Film:
     def __repr__(self):
         return f"Film of {len(self.start)} tokens in {len(self.steps)} steps: {self.frame(len(self.steps))[:40]!r}..."
 
-# %% ../../nbs/sampling/05_watching.ipynb #99053e44
+# %% ../../nbs/sampling/05_watching.ipynb #4aae7ad6
 def record(
     states: Iterable[State],  # what a sampler yields
     piece: Callable[[int], str],  # id -> text
-    mask_id: int,  # id that is not shown yet
+    mask_id: int | None,  # id that is not shown; None: every place shows something, as under uniform diffusion
     row: int = 0,  # which text of the batch
     title: str = "",  # shown above the text
 ) -> Film:  # the film of that text
     "Record the writing of one text of a batch"
     states = iter(states)
-    start = [None if i == mask_id else piece(i) for i in next(states).ids[row].tolist()]
+
+    def shown(i: int) -> str | None:
+        return None if i == mask_id else piece(i)
+
+    start = [shown(i) for i in next(states).ids[row].tolist()]
     steps = []
     for state in states:
         places = state.changed[row].nonzero()[:, 0].tolist()
         if places:
-            written = {place: piece(int(state.ids[row, place])) for place in places}
+            written = {place: shown(int(state.ids[row, place])) for place in places}
             steps.append((state.time, int(state.nfe[row]), written))
     return Film(start, steps, title)
 
@@ -74,19 +78,20 @@ background:none;color:inherit;border:0;padding:0;min-height:6rem}
 .dlm-film button{font:inherit;padding:.15rem .7rem;cursor:pointer}
 """
 
-# %% ../../nbs/sampling/05_watching.ipynb #074179aa
+# %% ../../nbs/sampling/05_watching.ipynb #87210fa7
 _SCRIPT = """
 (() => {
  const box = document.currentScript.parentElement, film = JSON.parse(box.querySelector('script').textContent);
  const pre = box.querySelector('pre'), slider = box.querySelector('input'), note = box.querySelector('.t');
  const button = box.querySelector('button'), n = film.steps.length; let timer = null;
+ const moved = new Set(film.steps.flatMap(s => Object.keys(s[2]).map(Number)));
  const spans = film.start.map(p => pre.appendChild(document.createElement('span')));
  function show(k) {
   const text = film.start.slice(), fresh = new Set();
   film.steps.slice(0, k).forEach(([t, nfe, w], i) => Object.entries(w).forEach(([j, p]) => {
    text[j] = p; if (i > k - 1 - Math.max(1, n / 60)) fresh.add(+j); }));
   spans.forEach((s, j) => { s.textContent = text[j] === null ? '\\u00b7' : text[j];
-   s.className = text[j] === null ? 'm' : fresh.has(j) && k < n ? 'n' : film.start[j] !== null ? 'g' : ''; });
+   s.className = text[j] === null ? 'm' : fresh.has(j) && k < n ? 'n' : moved.has(j) ? '' : 'g'; });
   const [t, nfe] = k ? film.steps[k - 1] : [1, 0]; slider.value = k;
   note.textContent = `t = ${t.toFixed(2)}, ${nfe} network evaluation${nfe == 1 ? '' : 's'}`;
  }

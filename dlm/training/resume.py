@@ -6,7 +6,7 @@
 __all__ = ['identity_of', 'refuse_other_run', 'run_tensors', 'run_state', 'failure', 'Saving', 'set_rate', 'check_wrapper',
            'Loading', 'Resuming']
 
-# %% ../../nbs/training/08_resume.ipynb #de10a254
+# %% ../../nbs/training/08_resume.ipynb #e476bfa7
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -18,7 +18,6 @@ import transformers
 from accelerate.utils import broadcast
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers.trainer_utils import TrainOutput
 
 from ..foundations.configuration import describe, differences
 from ..foundations.files import atomic_path
@@ -62,7 +61,7 @@ def refuse_other_run(
         about = f"cannot resume from {path}: {'; '.join(found)} (saved and asked for)"
         raise ValueError(f"{about}; set it back or use another folder")
 
-# %% ../../nbs/training/08_resume.ipynb #a9c2c7f3
+# %% ../../nbs/training/08_resume.ipynb #d3a5b420
 def run_tensors(
     network: nn.Module,  # the network
     ema: EMA,  # its average
@@ -75,7 +74,7 @@ def run_tensors(
     groups |= {} if teacher is None else {"teacher": teacher.network.state_dict()}
     return {group: {n: whole(t) for n, t in named.items()} for group, named in groups.items()}
 
-
+# %% ../../nbs/training/08_resume.ipynb #9f503cc5
 def run_state(
     trainer: transformers.Trainer,  # in the middle of a run
 ) -> dict:  # as JSON values
@@ -181,11 +180,11 @@ class Loading:
     def _load_scaler(self, checkpoint):
         "Nothing to load: bfloat16 needs no scaling of the loss"
 
-# %% ../../nbs/training/08_resume.ipynb #60e38181
+# %% ../../nbs/training/08_resume.ipynb #5d747c47
 class Resuming(Loading):
     "Goes on where the newest whole checkpoint was written"
 
-    def train_or_resume(self) -> TrainOutput:
+    def train_or_resume(self) -> transformers.trainer_utils.TrainOutput:
         "Train from the newest whole checkpoint in the folder, or from the start"
         found = latest_checkpoint(self.folder) if self.is_world_process_zero() else None
         step = int(broadcast(torch.tensor(step_of(found) if found else -1, device=self.args.device)))

@@ -41,7 +41,7 @@ class Run:
     held_out: str = "test"  # split that is evaluated during training
     start: str | None = None  # folder of a trained run whose averaged weights the network starts from
 
-# %% ../../nbs/training/05_run.ipynb #f93b9bc4
+# %% ../../nbs/training/05_run.ipynb #58f8f5ec
 def start_folder(
     start: str | Path,  # folder of a run, or of a model
 ) -> Path:  # where `from_pretrained` finds the model
@@ -51,7 +51,7 @@ def start_folder(
             return folder
     raise ValueError(f"start {start} holds no model: give the folder of a run that has ended, or of a saved network")
 
-
+# %% ../../nbs/training/05_run.ipynb #fbd148e9
 def check_start(
     run: Run,  # what is to be trained
 ) -> None:
@@ -66,7 +66,7 @@ def check_start(
     if found:
         raise ValueError(f"start {run.start} holds another network ({'; '.join(found)}): change one of them")
 
-
+# %% ../../nbs/training/05_run.ipynb #830326c2
 def first_network(
     run: Run,  # what is to be trained
 ) -> nn.Module:  # its network before the first step
@@ -76,7 +76,7 @@ def first_network(
     check_start(run)
     return AutoModel.from_pretrained(start_folder(run.start), config=run.network, dtype=torch.float32).train()
 
-# %% ../../nbs/training/05_run.ipynb #e903ec6d
+# %% ../../nbs/training/05_run.ipynb #c9998a99
 def demands(
     run: Run,  # what is to be trained
 ) -> list[tuple]:  # one side, its value, the other, its value, whether they fit
@@ -91,7 +91,7 @@ def demands(
         (f"{name} of length", length, "blocks of", run.packing.length, length == run.packing.length),
     ]
 
-
+# %% ../../nbs/training/05_run.ipynb #716b4ed8
 def check_fit(
     run: Run,  # what is to be trained
     tokenizer,  # what turned the text into ids
@@ -99,15 +99,10 @@ def check_fit(
     "Raise ValueError, naming both sides, for parts that do not fit together"
     network, objective = run.network, run.objective
     size = getattr(objective, "corruption", objective).vocab_size
+    ids, known = len(tokenizer), network.vocab_size
     pairs = [
-        ("the objective's vocabulary", size, "the network's", network.vocab_size, size == network.vocab_size),
-        (
-            "the tokenizer's ids",
-            len(tokenizer),
-            "the network's vocabulary",
-            network.vocab_size,
-            len(tokenizer) <= network.vocab_size,
-        ),
+        ("the objective's vocabulary", size, "the network's", known, size == known),
+        ("the tokenizer's ids", ids, "the network's vocabulary", known, ids <= known),
         ("blocks of", run.packing.length, "a network of length", network.length, run.packing.length <= network.length),
         ("objective causal", objective.causal, "network causal", network.causal, objective.causal == network.causal),
     ]
