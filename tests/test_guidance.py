@@ -107,7 +107,7 @@ def test_every_sampled_law_is_the_exact_one(objective):
 def test_exact_guidance_samples_the_class(objective):
     guided = ExactGuidance(PerfectClassifier(objective.corruption), 1)
     guided = guided.guide(PerfectNetwork(objective.corruption), objective)
-    state = last(Ancestral(50).states(*guided, blank(600, L), torch.Generator().manual_seed(0)))
+    state = last(Ancestral(100).states(*guided, blank(2000, L), torch.Generator().manual_seed(0)))
     assert passes(state.ids, OF_CLASS[1]) and not passes(state.ids, JOINT.sum(0))
 
 
