@@ -19,10 +19,11 @@ from dlm.diffusion.blocks import (
     training_mask,
 )
 from dlm.diffusion.conditioning import Conditioned
-from dlm.diffusion.corruption import Absorbing
+from dlm.diffusion.corruption import Absorbing, Uniform
 from dlm.diffusion.intervals import choose_interval, intervals
 from dlm.diffusion.objectives import AR, MDLM
 from dlm.diffusion.schedules import LogLinear
+from dlm.diffusion.uniform import UDLM
 from dlm.evaluation.likelihood import likelihood
 from dlm.foundations.configuration import build, describe
 from dlm.models.attention import KVCache
@@ -702,3 +703,15 @@ def test_reveal_steps_agree_with_the_law_used_here():
     alpha = LogLinear().alpha(grid(2))
     seen = reveal_steps(u, grid(2), LogLinear()).bincount(minlength=3)[:2]
     assert passes(seen, ((alpha[1:] - alpha[:-1]) / (1 - alpha[0])))
+
+
+@pytest.mark.parametrize("total, stride", [(16, 4), (21, 4), (17, 15)])
+def test_windows_slide_over_a_uniform_process(total, stride):
+    network, objective = tiny(vocab_size=9, length=16, time_conditioning=True), UDLM(Uniform(9))
+    canvas = prompted([[1, 2], []], total, suffixes=[[3], []])
+    states = list(SemiAutoregressive(stride, Ancestral(10)).states(network, objective, canvas, seeded()))
+    for before, after in itertools.pairwise(states):
+        assert torch.equal(before.ids != after.ids, after.changed)
+    assert torch.equal(states[-1].ids[~canvas.editable], canvas.ids[~canvas.editable])
+    written = [state.ids[:, :stride] for state in states if state.changed[:, 16:].any()]
+    assert total == 16 or all(torch.equal(part, written[-1]) for part in written)

@@ -566,7 +566,7 @@ def surest_order(probs, left):
         (Confidence(3, score=RandomOrder()), any_order),
         (Confidence(3), surest_order),
     ],
-    ids=str,
+    ids=lambda x: getattr(x, "__name__", str(x)),
 )
 def test_law_of_one_token_at_a_time(sampler, order):
     guess = Guess(3, 3, seed=8)
