@@ -42,6 +42,7 @@ from dlm.sampling.remasking import (
     Rescale,
     RescaleTwice,
     largest_sigma,
+    looped,
     written_chance,
 )
 from dlm.sampling.scores import Analytic, Euler
@@ -226,8 +227,7 @@ def test_golden_remdm_samplers_steps():
         else:
             member, times = REMDM[sampler](eta), torch.tensor([t, t - dt], dtype=torch.float64)
             if sampler == "remdm-loop":
-                alpha_t, alpha_s = member.alpha(times).split(1)
-                times = 1 - member.alpha(times)
+                alpha_t, alpha_s = looped(times, member.t_on, member.t_off, member.alpha_on).split(1)
                 # a step of the original that leaves the grid stays in the loop
                 alpha_s = alpha_t if t >= member.t_off and alpha_t == member.alpha_on else alpha_s
                 times = torch.cat([1 - alpha_t, 1 - alpha_s])

@@ -152,14 +152,14 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, c: Tensor | None, positions: Tensor | None = None) -> Tensor:
         return modulated(self.norm_final(x), self.adaLN_modulation, c, positions)
 
-# %% ../../nbs/models/03_dit.ipynb #ca4e24cb
+# %% ../../nbs/models/03_dit.ipynb #d0b26f90
 def span(
     ids: Tensor,  # ids or embeddings
     places: Tensor | None,  # where each token stands; those on an accelerator are trusted, a look would stall it
 ) -> int:  # tokens from the first place to the last
     "How much text the input covers"
     if places is None:
-        return ids.shape[1]
+        return ids.shape[1:2].numel()
     seen = places.device.type == "cpu" and not torch.compiler.is_compiling()
     return int(places.max() - places.min()) + 1 if seen else 0
 
