@@ -51,7 +51,7 @@ def start_folder(
             return folder
     raise ValueError(f"start {start} holds no model: give the folder of a run that has ended, or of a saved network")
 
-# %% ../../nbs/training/05_run.ipynb #fbd148e9
+# %% ../../nbs/training/05_run.ipynb #849929ad
 def check_start(
     run: Run,  # what is to be trained
 ) -> None:
@@ -61,7 +61,8 @@ def check_start(
             method = type(run.objective).__name__
             raise ValueError(f"distillation without a teacher: {method} and start None; set start to a trained run")
         return
-    shapes = [describe(c) for c in (AutoConfig.from_pretrained(start_folder(run.start)), run.network)]
+    both = AutoConfig.from_pretrained(start_folder(run.start)), run.network
+    shapes = [{**describe(c), "class": c.model_type} for c in both]
     found = differences(*({k: v for k, v in s.items() if k != "dropout"} for s in shapes))
     if found:
         raise ValueError(f"start {run.start} holds another network ({'; '.join(found)}): change one of them")
