@@ -108,6 +108,11 @@ def alive(pid):
         return False
 
 
+def heed_interrupts():
+    "What runs in the background of a shell is started deaf to SIGINT, and its children after it"
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and only Linux tells a child that its parent died")
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=lambda s: s.name)
 def test_nothing_is_left_behind(module, tmp_path, how):
@@ -119,7 +124,8 @@ def test_nothing_is_left_behind(module, tmp_path, how):
     pids.mkdir()
     code = f"from dlm.training.launch import launch; launch({name!r}, [{str(pids)!r}], n_procs=2, progress=False)"
     # SIGINT goes to the parent alone, which is harder than an interrupt of its whole group
-    parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, start_new_session=True)
+    options = dict(stderr=subprocess.DEVNULL, start_new_session=True, preexec_fn=heed_interrupts)
+    parent = subprocess.Popen([sys.executable, "-c", code], **options)
     try:
         deadline = time.monotonic() + 120
         while len(list(pids.iterdir())) < 2:
