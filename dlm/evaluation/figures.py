@@ -66,22 +66,23 @@ def shown(
     }
     return pd.DataFrame(cells, index=table.index).rename_axis(None)
 
-# %% ../../nbs/evaluation/03_figures.ipynb #5d394c01
+# %% ../../nbs/evaluation/03_figures.ipynb #68115ad3
 def quality_curves(
     rows: pd.DataFrame,  # columns sampler, nfe, nats, nats_se, entropy, entropy_se
     references: Mapping[str, float] | None = None,  # nats per token of something to compare with, by name
 ) -> plt.Figure:  # two panels
     "Nats per token under the judge, and entropy, against network evaluations"
-    fig, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for colour, (name, part) in zip(
-        sns.color_palette(n_colors=rows.sampler.nunique()), rows.groupby("sampler", sort=False), strict=True
-    ):
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    colours = sns.color_palette("husl", rows.sampler.nunique())
+    for i, (name, part) in enumerate(rows.groupby("sampler", sort=False)):
+        look = dict(fmt="osD^v"[i % 5] + ("-", "--", ":")[i % 3], ms=4, lw=1, color=colours[i])
         for ax, value in zip(axes, ("nats", "entropy"), strict=True):
-            ax.errorbar(part.nfe, part[value], part[f"{value}_se"], fmt="o-", ms=4, lw=1, color=colour, label=name)
-    for name, value in (references or {}).items():
+            ax.errorbar(part.nfe, part[value], part[f"{value}_se"], label=name, **look)
+    for i, (name, value) in enumerate((references or {}).items()):
         axes[0].axhline(value, color="grey", ls=":", lw=1)
-        axes[0].annotate(name, (0.02, value), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
+        place, side = ((0.98, value), "right") if i % 2 else ((0.02, value), "left")
+        axes[0].annotate(name, place, xycoords=("axes fraction", "data"), fontsize=8, va="bottom", ha=side)
     axes[0].set(xscale="log", xlabel="network evaluations", ylabel="nats per token under the judge")
     axes[1].set(xscale="log", xlabel="network evaluations", ylabel="entropy within a text, nats")
-    axes[1].legend(fontsize=7, facecolor="white", framealpha=1)
+    fig.legend(*axes[1].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return fig
