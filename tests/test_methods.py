@@ -1,5 +1,6 @@
 "Every method through the whole house: written down, trained, killed, resumed, loaded, measured and sampled."
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -46,10 +47,10 @@ def test_a_method_goes_through_the_house(name, text_run, tokenizer, tmp_path):
     model, same, _ = load_trained(tmp_path / "run")
     assert same == objective
     found = likelihood(model, same, open_data(run, tokenizer)[1], passes=2, progress=False)
-    assert 0 < found.nats < 100 and found.draws_se >= 0
+    assert 0.5 < found.nats / math.log(VOCABULARY) < 3  # near what an untrained network costs; D3PM pays it twice
     canvas = prompted([[1, 2, 3]], 32)
     states = list(sampler.states(model, same, canvas, torch.Generator().manual_seed(0)))
-    assert states[-1].ids[0, :3].tolist() == [1, 2, 3] and (name == "SEDD uniform" or (states[-1].ids < 66).all())
+    assert states[-1].ids[0, :3].tolist() == [1, 2, 3]
     assert not (same.corruption is MASK and (states[-1].ids == MASK.mask_id).any())
 
 
